@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 import sys
 import time
@@ -89,7 +90,11 @@ class Episode:
         """Carry out a turn; the answers to its calls."""
         if self._reward is not None:
             return [ToolError("episode_over", "the episode is over", retryable=False).to_json()]
-        observation, reward, terminated, truncated, _ = self._env.step(action)
+        try:
+            observation, reward, terminated, truncated, _ = self._env.step(action)
+        except Exception:  # a failure of the environment's: no verdict, and the run goes on, as in Espalier
+            self._reward = math.nan
+            return [ToolError("failed", "the environment failed", retryable=False).to_json()]
         if terminated or truncated:
             self._reward = reward
         return [message["content"] for message in observation.messages]
@@ -99,7 +104,7 @@ class Episode:
         for action in (last, Action()):
             if action is not None and self._reward is None:
                 self._act(action)
-        return None if self._reward is None or self._reward != self._reward else self._reward
+        return None if self._reward is None or math.isnan(self._reward) else self._reward
 
 
 def episode_class(tools: Sequence[Tool]) -> type[Episode]:
@@ -125,12 +130,16 @@ def _method(tool: Tool) -> Callable[..., str]:
 
 @dataclass
 class Grader:
-    """The reward function: ends every episode and grades it. `means` collects mean rewards for the record."""
+    """The reward function: ends every episode and grades it.
+
+    For the record `means` collects mean rewards, `failed` counts episodes without a verdict.
+    """
 
     renderer: ChatRenderer
     max_turns: int
     __name__: str = "graded"
     means: list[float] = field(default_factory=list)
+    failed: int = 0
 
     def __call__(
         self,
@@ -144,6 +153,7 @@ class Grader:
             environment._grade(self.last_action(messages, ids))
             for messages, ids, environment in zip(completions, completion_ids, environments, strict=True)
         ]
+        self.failed += rewards.count(None)
         self.means.append(fmean([r for r in rewards if r is not None] or [0.0]))
         return rewards
 
@@ -259,8 +269,8 @@ def _same(task: Task, what: str, ours: Sequence[int], theirs: Sequence[int]) -> 
 class Clock(TrainerCallback):
     """Reads the training time at every step, saves adapters outside of it, stops at the cap."""
 
-    def __init__(self, job: Job, folder: Path, rewards: list[float]) -> None:
-        self._job, self._folder, self._rewards = job, folder, rewards
+    def __init__(self, job: Job, folder: Path, grader: Grader) -> None:
+        self._job, self._folder, self._grader = job, folder, grader
         self.rows: list[dict[str, Any]] = []
         self.seconds = 0.0
         self._resumed = 0.0
@@ -278,8 +288,11 @@ class Clock(TrainerCallback):
             adapter = f"adapters/{step:04d}"
             (self._folder / adapter).mkdir(parents=True)
             write_adapter(model, self._folder / adapter)
-        self.rows.append({"step": step, "seconds": self.seconds, "reward": fmean(self._rewards), "adapter": adapter})
-        self._rewards.clear()
+        reward, failed = fmean(self._grader.means), self._grader.failed
+        self.rows.append(
+            {"step": step, "seconds": self.seconds, "reward": reward, "failed": failed, "adapter": adapter}
+        )
+        self._grader.means, self._grader.failed = [], 0
         control.should_training_stop = control.should_training_stop or over
         self._resumed = time.perf_counter()
 
@@ -361,7 +374,7 @@ def build(job: Job, folder: Path) -> tuple[GRPOTrainer, Clock]:
     shortest = min(len(renderer.first_prompt(_opening(env, task), tools)) for task in tasks[:CHECKED])
     grader = Grader(renderer, config.episode.max_turns)
     factory: Any = partial(episode_class(env.tools), make_env, tasks, config.seed)
-    clock = Clock(job, folder, grader.means)
+    clock = Clock(job, folder, grader)
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=[grader],

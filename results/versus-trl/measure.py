@@ -82,11 +82,12 @@ class Plan:
 
 
 class Step(TypedDict):
-    """One optimizer step of an arm: training seconds so far, mean reward of what it trained on."""
+    """One optimizer step of an arm: training seconds so far, mean reward of its episodes, how many had no verdict."""
 
     step: int
     seconds: float
     reward: float
+    failed: int
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def train(bench: _bench.Bench, plan: Plan, name: str, seed: int, settings: Setti
         name,
         seed,
         settings,
-        [Step(step=row["step"], seconds=row["seconds"], reward=row["reward"]) for row in rows],
+        [Step(step=r["step"], seconds=r["seconds"], reward=r["reward"], failed=r["failed"]) for r in rows],
         {row["step"]: folder / row["adapter"] if row["adapter"] else None for row in saved},
     )
 

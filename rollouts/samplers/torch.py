@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -66,6 +67,7 @@ class TorchSampler:
         self._holds: dict[int, int] = {}  # leases and running requests by version
         self._retiring: set[int] = set()
         self._latest: int | None = None
+        self._mail: WeakKeyDictionary[asyncio.AbstractEventLoop, _Mail] = WeakKeyDictionary()
         self._engine = Engine(
             self._shape,
             slots=slots,
@@ -144,7 +146,8 @@ class TorchSampler:
         future: asyncio.Future[Sample] = loop.create_future()
         served = self._hold(request.version, new=False)
         try:
-            job = Job(request, served, _answer(loop, future))
+            mail = self._mail.setdefault(loop, _Mail(loop))
+            job = Job(request, served, lambda result: mail.send(future, result))
             self._engine.submit(job)
             try:
                 async with asyncio.timeout(request.deadline_s):
@@ -261,21 +264,34 @@ class TorchSampler:
             return
 
 
-def _answer(
-    loop: asyncio.AbstractEventLoop, future: asyncio.Future[Sample]
-) -> Callable[[Sample | BaseException], None]:
-    """How the engine's thread answers a future of `loop`."""
+class _Mail:
+    """How the engine's thread answers the futures of one event loop: answers of one step wake the loop once."""
 
-    def settle(result: Sample | BaseException) -> None:
-        if future.done():
-            return
-        if isinstance(result, BaseException):
-            future.set_exception(result)
-        else:
-            future.set_result(result)
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = ref(loop)
+        self._lock = threading.Lock()
+        self._letters: list[tuple[asyncio.Future[Sample], Sample | BaseException]] = []
 
-    def answer(result: Sample | BaseException) -> None:
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(settle, result)
+    def send(self, future: asyncio.Future[Sample], result: Sample | BaseException) -> None:
+        """Answer `future`, soon, in its loop; a loop that is closed by then has nobody waiting."""
+        with self._lock:
+            self._letters.append((future, result))
+            first = len(self._letters) == 1
+        loop = self._loop()
+        if first and loop is not None:
+            try:
+                loop.call_soon_threadsafe(self._deliver)
+            except RuntimeError:  # closed
+                with self._lock:
+                    self._letters.clear()
 
-    return answer
+    def _deliver(self) -> None:
+        with self._lock:
+            letters, self._letters = self._letters, []
+        for future, result in letters:
+            if future.done():
+                continue
+            if isinstance(result, BaseException):
+                future.set_exception(result)
+            else:
+                future.set_result(result)

@@ -10,6 +10,7 @@ its return, and those of prefixes, are bounded in tokens.
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -83,6 +84,7 @@ class Pool:
     def __init__(self, bound: int) -> None:
         self._bound = bound
         self._held: OrderedDict[Name, Saved] = OrderedDict()
+        self._sorted: dict[Key, list[tuple[int, ...]]] = {}  # the prefixes kept of each version
         self.tokens = 0
 
     def put(self, name: Name, saved: Saved) -> None:
@@ -90,8 +92,10 @@ class Pool:
         self.pop(name)
         self._held[name] = saved
         self.tokens += saved.length
+        if name.key:
+            insort(self._sorted.setdefault(name.key, []), name.tokens)
         while self.tokens > self._bound:
-            self.tokens -= self._held.popitem(last=False)[1].length
+            self.pop(next(iter(self._held)))
 
     def get(self, name: Name) -> Saved | None:
         """The copy kept as `name`, which stays."""
@@ -102,12 +106,31 @@ class Pool:
     def pop(self, name: Name) -> Saved | None:
         """The copy kept as `name`, which goes."""
         saved = self._held.pop(name, None)
-        self.tokens -= saved.length if saved else 0
+        if saved is None:
+            return None
+        self.tokens -= saved.length
+        if name.key:
+            kept = self._sorted[name.key]
+            del kept[bisect_left(kept, name.tokens)]
+            if not kept:
+                del self._sorted[name.key]
         return saved
 
-    def names(self, key: Key) -> list[Name]:
-        """The prefixes kept of a version."""
-        return [name for name in self._held if name.key == key]
+    def drop(self, key: Key) -> None:
+        """Let all prefixes of a version go."""
+        for tokens in list(self._sorted.get(key, ())):
+            self.pop(Name(key, tokens))
+
+    def nearest(self, key: Key, tokens: tuple[int, ...]) -> tuple[Name, int]:
+        """The kept prefix of a version that agrees with `tokens` longest, and for how long (0: none does).
+
+        In sorted order that is one of the two neighbours of `tokens`.
+        """
+        kept = self._sorted.get(key, [])
+        at = bisect_left(kept, tokens)
+        lengths = [(_common(other, tokens), other) for other in kept[max(0, at - 1) : at + 1]]
+        length, best = max(lengths, default=(0, tokens))
+        return Name(key, best), length
 
 
 class Seats:
@@ -182,8 +205,7 @@ class Seats:
 
     def drop(self, key: Key) -> None:
         """Let go what was computed with a version that nobody runs on."""
-        for name in self._pool.names(key):
-            self._pool.pop(name)
+        self._pool.drop(key)
         for row, held in enumerate(self._prefixes):
             if held and held.key == key and not held.users:
                 self._prefixes[row] = None
@@ -245,7 +267,7 @@ class Seats:
                 return held
         # There is a free row: there are as many rows as lanes, and a running session reads one.
         row = next(i for i, held in enumerate(self._prefixes) if held is None or not held.users)
-        name, ready = self._longest_prefix(key, tokens)
+        name, ready = self._pool.nearest(key, tokens)
         saved = self._pool.get(name) if ready else None
         if saved is None:
             self._cache.prefixes.cut(row, 0)
@@ -253,18 +275,6 @@ class Seats:
             self._cache.prefixes.load(row, saved, ready)
         prefix = self._prefixes[row] = Prefix(key, tokens, row, ready)
         return prefix
-
-    def _longest_prefix(self, key: Key, tokens: tuple[int, ...]) -> tuple[Name, int]:
-        """The kept prefix of this version that agrees with `tokens` longest, and for how long."""
-        exact = Name(key, tokens)
-        if self._pool.get(exact):
-            return exact, len(tokens)
-        best, length = exact, 0
-        for name in self._pool.names(key):
-            # Comparing slices first is cheap, and most kept prefixes are no better than the best so far.
-            if name.tokens[: length + 1] == tokens[: length + 1] and (common := _common(name.tokens, tokens)) > length:
-                best, length = name, common
-        return best, length
 
 
 def _moves(rows: set[int]) -> Iterable[tuple[int, int]]:

@@ -151,6 +151,26 @@ def test_a_mistake_is_answered_as_espalier_answers_it(contender, tasks):
     assert json.loads(env.submit())["error"]["code"] == "episode_over"
 
 
+def test_a_failure_of_the_environment_is_no_verdict(contender, renderer, tasks):
+    """The run goes on, and TRL is told nothing that it could take for a reward."""
+
+    class Broken(SpreadsheetEnv):
+        def step(self, action):
+            raise ValueError("the engine broke")
+
+    def make_env():
+        return Broken(tasks, tools=CONFIG.env.tools, terse=True)
+
+    env = contender.episode_class(make_env().tools)(make_env, tasks, 0)
+    env.reset(task=0)
+    assert "failed" in env.inspect_range(range="A1")
+    grader = contender.Grader(renderer, 6)
+    final = {"role": "assistant", "content": SUBMIT}
+    ids = renderer.encode(SUBMIT + "<|im_end|>")
+    assert grader(completions=[[final]], completion_ids=[ids], environments=[env]) == [None]
+    assert grader.failed == 1
+
+
 @pytest.mark.long
 def test_prompts_are_compared_before_training(contender, tmp_path, tasks, renderer):
     """The real trainer passes; one whose template lists TRL's own schemas is refused."""

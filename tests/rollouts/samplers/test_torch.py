@@ -17,9 +17,11 @@ from espalier.rollouts.digest import folder_digest
 from espalier.rollouts.samplers import torch_cache, torch_engine
 from espalier.rollouts.samplers.base import Sample, Sampler, SampleRequest, SamplerError, SamplingParams
 from espalier.rollouts.samplers.torch import TorchSampler
+from espalier.rollouts.samplers.torch_cache import Saved
 from espalier.rollouts.samplers.torch_draw import draw, uniforms
 from espalier.rollouts.samplers.torch_model import build, forward, read_shape, read_tensors
 from espalier.rollouts.samplers.torch_probe import rows_agree
+from espalier.rollouts.samplers.torch_seats import Name, Pool
 from espalier.rollouts.types import PolicyVersion
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -341,6 +343,31 @@ async def test_a_prompt_is_read_once_a_group_and_a_session_is_continued(base: Pa
         near = (*prompt[:150], *prompt_of(7, 30))
         await sampler.sample(request("near", near, n=1))
         assert sampler.stats()["prefilled_tokens"] == 199 + 20 + 29
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kept=st.lists(st.lists(st.integers(0, 2), max_size=5).map(tuple), max_size=12),
+    wanted=st.lists(st.integers(0, 2), max_size=6).map(tuple),
+    bound=st.integers(0, 30),
+)
+def test_the_pool_keeps_its_bound_and_finds_the_longest_common_prefix(kept, wanted, bound) -> None:
+    pool, key = Pool(bound), (1, "digest")
+    for i, tokens in enumerate(kept):
+        pool.put(Name(key, tokens), Saved(*(torch.zeros(1, 1, len(tokens), 1) for _ in range(2))))
+        pool.put(Name((2, "other"), wanted), Saved(*(torch.zeros(1, 1, len(wanted), 1) for _ in range(2))))
+        pool.put(Name(None, session=f"{i % 3}"), Saved(*(torch.zeros(1, 1, 2, 1) for _ in range(2))))
+        assert pool.tokens <= bound
+    held = {tokens for tokens in kept if pool.get(Name(key, tokens))}
+    common = [
+        next((i for i, (a, b) in enumerate(zip(t, wanted, strict=False)) if a != b), min(len(t), len(wanted)))
+        for t in held
+    ]
+    name, length = pool.nearest(key, wanted)
+    assert length == max(common, default=0)
+    assert name.tokens[:length] == wanted[:length] and (not held or name.tokens in held)
+    pool.drop(key)
+    assert pool.nearest(key, wanted)[1] == 0
 
 
 # Versions.
