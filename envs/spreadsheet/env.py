@@ -208,7 +208,7 @@ class SpreadsheetEnv(AgentEnv):
         reward = 0.0
         if terminated or truncated:
             self._over = True
-            reward, verdict = self._scorer.score(self._task, self.workspace)
+            reward, verdict = self._scorer.score(self._task, self._task_digest(self._task), self.workspace)
             info.update(verdict)
         return Observation(result.messages), reward, terminated, truncated, info
 

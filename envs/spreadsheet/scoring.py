@@ -2,12 +2,15 @@
 
 Always true: 1.0 exactly when every case passes, 0.0 when one fails; NaN with a reason when there is no verdict. An
 edit that another case does not allow (a sheet that is not there) fails that case: the agent relied on what only the
-first one has.
+first one has. Grading is a pure function of task and journal (clock and seed of a workbook are pinned), so a group's
+episodes that did the same share one verdict; an episode without a verdict is never taken for another's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator
 from functools import lru_cache
 from threading import Lock
 from typing import Any
@@ -21,14 +24,41 @@ from .workspace import Workspace
 
 KEPT = 512
 """Cross-checks kept open: four batches of 32 tasks with four cases each."""
+KEPT_SCORES = 16_384
+"""Scores remembered, some hundred bytes each."""
+
+Score = tuple[float, dict[str, Any]]
+
+
+class _Shared:
+    """What all environments of one process with the same engines share: the open cross-checks, used one at a time,
+    and the scores given so far, those used longest ago going first.
+    """
+
+    def __init__(self, grader: Grader) -> None:
+        self.grader = grader
+        self.lock = Lock()
+        self._scores: OrderedDict[Hashable, Score] = OrderedDict()
+
+    def score(self, key: Hashable) -> Score | None:
+        with self.lock:
+            found = self._scores.get(key)
+            if found is not None:
+                self._scores.move_to_end(key)
+            return found
+
+    def keep(self, key: Hashable, score: Score) -> None:
+        with self.lock:
+            self._scores[key] = score
+            if len(self._scores) > KEPT_SCORES:
+                self._scores.popitem(last=False)
 
 
 @lru_cache(maxsize=8)
-def _shared_grader(engine: str, crosscheck: str | None, referee: str | None) -> tuple[Grader, Lock]:
-    """The process's grader of these names: its open cross-checks serve every environment, one at a time."""
+def _shared(engine: str, crosscheck: str | None, referee: str | None) -> _Shared:
     second = get_engine(crosscheck) if crosscheck is not None else None
     third = get_referee(referee) if referee is not None else None
-    return Grader(get_engine(engine), second, third, KEPT), Lock()
+    return _Shared(Grader(get_engine(engine), second, third, KEPT))
 
 
 class Scorer:
@@ -45,12 +75,21 @@ class Scorer:
     ) -> None:
         self._engine = engine
         self._cache = cache
-        self._grader, self._lock = _shared_grader(engine.name, crosscheck, referee)
+        self._shared = _shared(engine.name, crosscheck, referee)
         self._perturbed = perturbed
         self._stop_at_failure = stop_at_failure
 
-    def score(self, task: SpreadsheetTask, space: Workspace) -> tuple[float, dict[str, Any]]:
-        """Reward and what the step's info says about it (see `SpreadsheetEnv.step`)."""
+    def score(self, task: SpreadsheetTask, digest: str, space: Workspace) -> Score:
+        """Reward and what the step's info says about it (see `SpreadsheetEnv.step`). `digest`: `task_digest(task)`."""
+        key = (digest, space.history, self._perturbed, self._stop_at_failure)
+        found = self._shared.score(key)
+        if found is None:
+            found = self._score(task, space)
+            if not math.isnan(found[0]):
+                self._shared.keep(key, found)
+        return found[0], dict(found[1])
+
+    def _score(self, task: SpreadsheetTask, space: Workspace) -> Score:
         verdicts = [self._first(task.cases[0], space)]
         others = task.cases[1:] if self._perturbed else ()
         for case in others:
@@ -91,9 +130,9 @@ class Scorer:
         return self._verdict(case, other, digest)
 
     def _verdict(self, case: Case, space: Workspace, digest: str) -> Verdict:
-        start = self._start(case) if self._grader.crosscheck is not None else None
-        with self._lock:
-            return self._grader.grade(
+        start = self._start(case) if self._shared.grader.crosscheck is not None else None
+        with self._shared.lock:
+            return self._shared.grader.grade(
                 space.book, case.package, case.golden, start=start, digest=digest, export=space.export
             )
 
