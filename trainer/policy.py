@@ -115,7 +115,7 @@ class PolicyStore:
         base stays.
         """
         numbers = self.list()
-        keep = {*numbers[len(numbers) - recent :], *best, *leased}
+        keep = {*numbers[max(0, len(numbers) - recent) :], *best, *leased}
         gone = [number for number in numbers if number not in keep]
         for number in gone:
             remove_folder(self.folder(number))

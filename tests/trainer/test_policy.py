@@ -115,6 +115,14 @@ def test_retention(store):
     assert store.latest().number == 0, "the base always stays"
 
 
+@pytest.mark.parametrize("recent", [3, 4, 5, 6, 100])
+def test_retention_of_more_than_there_are_deletes_nothing(store, recent):
+    for i in range(3):
+        store.publish(adapter(str(i).encode()), parent=i)
+    assert store.retain(recent) == []
+    assert store.list() == [1, 2, 3]
+
+
 def test_numbers_are_not_reused_while_a_run_goes_on(store):
     for i in range(3):
         store.publish(adapter(str(i).encode()), parent=i)
