@@ -191,10 +191,13 @@ class IronCalcBook:
         """Store a constant literally: text that begins with "=" stays text; None clears."""
         index, model = self._sheet(sheet), self._model
         _check_cell(row, column)
+        if isinstance(value, str) and len(value) > _MAX_TEXT:
+            raise EngineError(f"a cell holds at most {_MAX_TEXT} characters, this text has {len(value)}")
+        self._vacate(index, row, column)
         self._prices.pop((index, row, column), None)
         if value is None:
-            _guard("the cell cannot be cleared", lambda: model.clear_cell_contents(index, row, column))
-        elif isinstance(value, bool):
+            return
+        if isinstance(value, bool):
             _guard("the cell cannot be written", lambda: model.update_cell_with_bool(index, row, column, value))
         elif isinstance(value, (int, float)):
             _guard(
@@ -203,8 +206,6 @@ class IronCalcBook:
         elif isinstance(value, CellError):
             _guard("the cell cannot be written", lambda: model.set_user_input(index, row, column, value.code))
         else:
-            if len(value) > _MAX_TEXT:
-                raise EngineError(f"a cell holds at most {_MAX_TEXT} characters, this text has {len(value)}")
             _guard("the cell cannot be written", lambda: model.update_cell_with_text(index, row, column, value))
 
     def set_formula(self, sheet: str, row: int, column: int, formula: str) -> None:
@@ -213,12 +214,14 @@ class IronCalcBook:
         _check_cell(row, column)
         if not formula.startswith("="):
             raise EngineError("a formula begins with =")
-        self._price((index, row, column), formula)
+        _refuse_unsafe(_shape(formula))
         stored = pin(formula) if uses_volatile(formula) else formula
         if _syntax_error(_shape(stored)):  # a fill differs from its neighbour in row numbers only: one trial for all
             raise EngineError(
                 f"the formula {formula!r} cannot be read: check commas, brackets and the number of arguments"
             )
+        self._vacate(index, row, column)
+        self._price((index, row, column), formula)
         _guard("the formula was refused", lambda: self._model.update_cell_with_formula(index, row, column, stored))
 
     def recalculate(self) -> None:
@@ -321,6 +324,18 @@ class IronCalcBook:
         head = json.dumps(header).encode()
         return struct.pack("<I", len(head)) + head + _guard("no snapshot", self._model.to_bytes)
 
+    def _vacate(self, index: int, row: int, column: int) -> None:
+        """Empty a cell, before something else is written there too: IronCalc 0.9.1 writes over an array's first cell
+        without taking away what the array filled, and over a cell within an array until the next recalculation only.
+
+        A dynamic array gives up the cells that it filled, as in Excel; of an array entered over several cells no part
+        can be changed alone, so that raises `EngineError`.
+        """
+        model = self._model
+        if not model.is_empty_cell(index, row, column):
+            refused = "a cell of an array formula that was entered over several cells cannot be changed alone"
+            _guard(refused, lambda: model.clear_cell_contents(index, row, column))
+
     def _arrays(self, index: int, cells: Sequence[tuple[int, int]]) -> dict[tuple[int, int], tuple[int, int]]:
         """(rows, columns) of the array at each anchor, (0, 0) for the cells it fills; only the user model tells."""
         import ironcalc
@@ -349,11 +364,9 @@ class IronCalcBook:
         for s, row, column in self._model.get_all_cells():
             formula = self._model.get_cell_formula(s, row, column)
             if formula is not None:
-                self._price((s, row, column), formula, trusted=True)
+                self._price((s, row, column), formula)
 
-    def _price(self, at: _At, formula: str, trusted: bool = False) -> None:
-        if not trusted:
-            _refuse_unsafe(_shape(formula))
+    def _price(self, at: _At, formula: str) -> None:
         cost = formula_cost(formula)
         if not cost.bounded:
             self._prices[at] = -1
@@ -462,13 +475,22 @@ def _check_cell(row: int, column: int) -> None:
 
 
 def _pin_volatile(model: Model, clock: datetime, seed: int) -> None:
-    """Define the pinned names and rewrite the volatile formulas that came with the file."""
+    """Define the pinned names and rewrite the volatile formulas that came with the file; an array formula stays one."""
+    import ironcalc
+
     for name, body in pinned_names(clock, seed):
         with suppress(Exception):  # there already: a package exported by us and opened again
             model.new_defined_name(name, None, body)
-    for sheet, row, column in model.get_all_cells():
-        formula = model.get_cell_formula(sheet, row, column)
-        if formula is not None and uses_volatile(formula):
-            style = model.get_cell_style(sheet, row, column)
-            model.update_cell_with_formula(sheet, row, column, pin(formula))
-            model.set_cell_style(sheet, row, column, style)
+    found = [(at, model.get_cell_formula(*at)) for at in model.get_all_cells()]
+    volatile = [(at, pin(formula)) for at, formula in found if formula is not None and uses_volatile(formula)]
+    user = ironcalc.create_user_model_from_bytes(model.to_bytes()) if volatile else None
+    for at, formula in volatile:
+        structure = user.get_cell_array_structure(*at) if user is not None else None
+        style = model.get_cell_style(*at)
+        if isinstance(structure, dict) and "ArrayAnchor" in structure:
+            (sheet, row, column), (width, height) = at, structure["ArrayAnchor"]
+            model.range_clear_contents(sheet, row, column, row + height - 1, column + width - 1)
+            model.set_user_array_formula(*at, width, height, formula)
+        else:
+            model.update_cell_with_formula(*at, formula)
+        model.set_cell_style(*at, style)

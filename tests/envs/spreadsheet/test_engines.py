@@ -19,6 +19,7 @@ from espalier.envs.spreadsheet.engines.volatile import pin, unpin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from openpyxl.comments import Comment
+from openpyxl.worksheet.formula import ArrayFormula
 
 
 def saved(made):
@@ -307,6 +308,74 @@ def test_contents_tell_arrays_from_what_they_fill(book):
     book.recalculate()
     assert book.contents("Data")[10, 1] == StoredFormula("=SEQUENCE(2,3)", (2, 3))
     assert (10, 2) not in book.contents("Data") and book.value("Data", 11, 3) == 6.0
+
+
+@pytest.mark.parametrize("content", ["=A1", "=A1:A2", 7.0, "text", True, CellError("#N/A"), None])
+def test_what_replaces_an_array_takes_the_place_of_all_it_filled(book, content):
+    book.set_formula("Data", 10, 5, "=A1:A4")
+    book.recalculate()
+    if isinstance(content, str) and content.startswith("="):
+        book.set_formula("Data", 10, 5, content)
+    else:
+        book.set_value("Data", 10, 5, content)
+    book.recalculate()
+    below = [2.0, None, None] if content == "=A1:A2" else [None, None, None]
+    assert [row[0] for row in book.values("Data", 11, 5, 13, 5)] == below
+    assert {at for at in book.contents("Data") if at[1] == 5} == ({(10, 5)} if content is not None else set())
+
+
+def test_a_fill_over_an_array_and_what_it_filled(book):
+    book.set_formula("Data", 10, 5, "=A1:A4")
+    book.recalculate()
+    for row in (10, 11):
+        book.set_formula("Data", row, 5, f"=A{row - 9}*10")
+    book.recalculate()
+    assert [row[0] for row in book.values("Data", 10, 5, 13, 5)] == [10.0, 20.0, None, None]
+    assert {at: c for at, c in book.contents("Data").items() if at[1] == 5} == {
+        (10, 5): StoredFormula("=A1*10"),
+        (11, 5): StoredFormula("=A2*10"),
+    }
+
+
+def test_a_refused_formula_leaves_the_array_as_it_was(book):
+    book.set_formula("Data", 10, 5, "=A1:A4")
+    book.recalculate()
+    for refused in ("=SUM(", '=WEBSERVICE("x")'):
+        with pytest.raises(EngineError):
+            book.set_formula("Data", 10, 5, refused)
+    with pytest.raises(EngineError, match="characters"):
+        book.set_value("Data", 10, 5, "x" * 40_000)
+    book.recalculate()
+    assert [row[0] for row in book.values("Data", 10, 5, 13, 5)] == [1.0, 2.0, 3.0, 4.0]
+
+
+def entered_array():
+    made = openpyxl.Workbook()
+    made.active["A1"], made.active["C1"] = 2, ArrayFormula("C1:C3", "=ROW(A1:A3)*A1")
+    made.active["E1"] = ArrayFormula("E1:F2", "=TODAY()")
+    made.active["H1"] = ArrayFormula("H1", "=SUM(ROW(A1:A3)*A1)")
+    return get_engine().open(saved(made))
+
+
+@pytest.mark.parametrize("at", [(1, 3), (2, 3)])
+@pytest.mark.parametrize("content", ["=A1", 7.0, None])
+def test_no_part_of_an_entered_array_is_changed_alone(at, content):
+    book = entered_array()
+    with pytest.raises(EngineError, match="array formula that was entered over several cells"):
+        book.set_formula("Sheet", *at, content) if content == "=A1" else book.set_value("Sheet", *at, content)
+    book.recalculate()
+    assert [row[0] for row in book.values("Sheet", 1, 3, 3, 3)] == [2.0, 4.0, 6.0]
+    assert book.contents("Sheet")[1, 3] == StoredFormula("=ROW(A1:A3)*A1", (3, 1))
+
+
+def test_entered_arrays_keep_their_range_when_they_are_pinned_and_a_single_cell_may_be_replaced():
+    book = entered_array()
+    assert book.contents("Sheet")[1, 5] == StoredFormula("=TODAY()", (2, 2))
+    (day, *same) = [value for row in book.values("Sheet", 1, 5, 2, 6) for value in row]
+    assert day == 45658.0 and same == [day] * 3, "every cell has the engine's clock, not the machine's"
+    book.set_formula("Sheet", 1, 8, "=A1")
+    book.recalculate()
+    assert book.value("Sheet", 1, 8) == 2.0
 
 
 def test_number_formats_and_merges():
