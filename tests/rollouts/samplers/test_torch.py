@@ -511,6 +511,8 @@ async def test_an_adapter_of_another_base_or_another_module_is_refused(
         ({"attention_bias": True}, "attention_bias"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope type"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"head_dim": 8}, "head_dim 8.*wider heads"),
+        ({"head_dim": None, "hidden_size": 60}, "head_dim 15"),
     ],
 )
 def test_other_architectures_are_refused(base: Path, tmp_path: Path, change: dict, message: str) -> None:
