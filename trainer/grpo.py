@@ -35,7 +35,7 @@ from ..configs.schema import RunConfig
 from .batch import Batch, BatchSource, Row, collate, micro_batches, minibatches, shared_prefix
 from .correction import Mode, importance_ratio
 from .errors import UserError
-from .model import load_base, load_tokenizer, lora_config, read_adapter, resolve_device
+from .model import load_base, load_tokenizer, logit_rules, lora_config, read_adapter, resolve_device
 from .tally import Tally
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
@@ -386,6 +386,7 @@ class OnlineGRPOTrainer(GRPOTrainer):
         tokens = torch.cat([micro["prompt_ids"], micro["completion_ids"]], dim=1)
         mask = micro["tool_mask"].bool()
         causal = self.accelerator.unwrap_model(model).get_base_model()
+        cap, scale = logit_rules(causal.config)
         with self.accelerator.autocast():
             hidden, first = self._hidden(causal.base_model, tokens, mask)
             head = causal.get_output_embeddings()
@@ -396,8 +397,8 @@ class OnlineGRPOTrainer(GRPOTrainer):
                 tokens[:, 1:][mask],
                 self.temperature,
                 min(head.weight.size(0), VOCAB_TILE),
-                None,
-                1.0,
+                cap,
+                scale,
                 ("entropy",),
             )
         blank = logps.new_zeros(mask.shape)

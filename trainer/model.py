@@ -15,9 +15,11 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -43,6 +45,8 @@ def resolve_device(name: str) -> str:
 def load_base(base: Path, section: PolicySection) -> PreTrainedModel:
     """The frozen base, as the section asks for it. Raises UserError when this machine cannot do that."""
     device = resolve_device(section.device)
+    if section.attention == "sdpa":
+        _refuse_capped_attention(base)
     kwargs: dict[str, Any] = {"dtype": getattr(torch, section.dtype), "attn_implementation": section.attention}
     if section.quantization == "4bit":
         if device != "cuda" or importlib.util.find_spec("bitsandbytes") is None:
@@ -59,6 +63,34 @@ def load_base(base: Path, section: PolicySection) -> PreTrainedModel:
         kwargs["device_map"] = {"": 0}
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, local_files_only=True, **kwargs)
     return model
+
+
+def _refuse_capped_attention(base: Path) -> None:
+    """Gemma 2 and its kin squash attention scores, which torch's sdpa cannot and leaves out without a word."""
+    config = AutoConfig.from_pretrained(base, local_files_only=True).get_text_config()
+    cap = getattr(config, "attn_logit_softcapping", None)
+    if cap is not None:
+        raise UserError(
+            f'{base} squashes attention scores (attn_logit_softcapping = {cap}), which policy.attention = "sdpa" '
+            'ignores; set policy.attention = "eager"'
+        )
+
+
+def logit_rules(config: PreTrainedConfig) -> tuple[float | None, float]:
+    """What a model does to the product of hidden state and output embedding: (cap, scale), for cap * tanh(scale * x /
+    cap); a cap of None is none.
+
+    The names under which transformers' models keep them are those that TRL's `add_fused_lm_head` reads.
+    """
+    text = config.get_text_config()
+    cap: float | None = getattr(text, "final_logit_softcapping", None)
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if (scale := getattr(text, name, None)) is not None:
+            return cap, float(scale)
+    divisor = getattr(text, "logits_scaling", None)
+    if divisor is None:
+        return cap, 1.0
+    return cap, float(divisor) if text.model_type == "hyperclovax" else 1.0 / float(divisor)
 
 
 def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:

@@ -12,6 +12,8 @@ from espalier.configs.schema import RunConfig
 from espalier.trainer.batch import Batch, Row, collate, micro_batches, minibatches
 from espalier.trainer.errors import UserError
 from espalier.trainer.grpo import CISPO_HIGH, LOSS_TYPES, OnlineGRPOTrainer, Window, build
+from espalier.trainer.model import logit_rules
+from transformers import AutoModelForCausalLM, AutoTokenizer, CohereConfig, Gemma2Config, GraniteConfig
 from trl import GRPOTrainer
 
 CORRECTIONS = ["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
@@ -229,6 +231,62 @@ def test_our_forward_equals_trls(base, make_rows, tmp_path):
     mask = micro["tool_mask"].bool()
     assert torch.allclose(ours[mask], theirs[mask], atol=1e-5)
     assert torch.allclose(our_entropies[mask], entropies[mask], atol=1e-5)
+
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "initializer_range": 0.5,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+}
+
+
+def base_of(config, tokenizer_of, folder):
+    """A random base of another architecture, with the tokenizer of `tokenizer_of`."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer_of).save_pretrained(folder)
+    return folder
+
+
+GEMMA = Gemma2Config(**SMALL, final_logit_softcapping=1.5, attn_logit_softcapping=2.0, query_pre_attn_scalar=8)
+SHAPED = {
+    "gemma2": (GEMMA, (1.5, 1.0)),
+    "granite": (GraniteConfig(**{k: v for k, v in SMALL.items() if k != "head_dim"}, logits_scaling=4.0), (None, 0.25)),
+    "cohere": (CohereConfig(**{k: v for k, v in SMALL.items() if k != "head_dim"}, logit_scale=0.125), (None, 0.125)),
+}
+
+
+@pytest.mark.parametrize("kind", SHAPED)
+def test_capped_and_scaled_logits_are_those_of_the_model_itself(base, make_rows, tmp_path, kind, monkeypatch):
+    config, rules = SHAPED[kind]
+    folder = base_of(config, base, tmp_path / "base")
+    trainer = make(folder, tmp_path / "out", policy={"attention": "eager"})
+    rows = make_rows(3)
+    micro = collate(rows, 0, CPU)
+    mask = micro["tool_mask"].bool()
+    with torch.no_grad():
+        logps, _ = trainer._score(trainer.model, micro)
+        logits = trainer.adapter(torch.cat([micro["prompt_ids"], micro["completion_ids"]], 1)).logits[:, :-1]
+        expected = torch.log_softmax(logits, -1).gather(-1, micro["completion_ids"][..., None])[..., 0]
+        assert torch.allclose(logps[mask], expected[mask], atol=1e-5)
+        assert logit_rules(trainer.adapter.get_base_model().config) == rules
+        monkeypatch.setattr("espalier.trainer.grpo.logit_rules", lambda config: (None, 1.0))
+        plain, _ = trainer._score(trainer.model, micro)
+        assert not torch.allclose(plain[mask], expected[mask], atol=1e-2), "control: without them the numbers differ"
+
+
+def test_capped_attention_is_refused_where_it_would_be_ignored(base, tmp_path):
+    folder = base_of(GEMMA, base, tmp_path / "base")
+    with pytest.raises(UserError, match=r'attn_logit_softcapping = 2\.0.*set policy\.attention = "eager"'):
+        make(folder, tmp_path / "out")
 
 
 def test_a_run_of_updates_reports_and_stops(base, make_rows, tmp_path):
