@@ -7,7 +7,7 @@ the environment saw stands under the loss in exactly one row, with the log-proba
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +19,8 @@ from .advantage import Baseline, Scale, advantages
 @dataclass(frozen=True, slots=True)
 class Row:
     """One sequence to train on. `mask` (what is under the loss) and `logprobs` (nats, 0 elsewhere) run over
-    `tokens`.
+    `tokens`. `share`: its part of its trajectory's trained tokens; 1 unless the trajectory forked, and the shares of a
+    trajectory's rows add up to 1.
     """
 
     tokens: tuple[int, ...]
@@ -28,6 +29,7 @@ class Row:
     advantage: float
     trajectory: str
     group: str
+    share: float = 1.0
 
     @property
     def trained(self) -> int:
@@ -57,8 +59,8 @@ class BatchSource(Protocol):
 
 
 def rows_of(trajectory: Trajectory, advantage: float) -> list[Row]:
-    """One row a sequence that has tokens to train; forks of a trajectory share its advantage."""
-    rows = []
+    """One row a sequence that has tokens to train; forks of a trajectory have its advantage, and share its weight."""
+    rows: list[Row] = []
     for sequence in trajectory.sequences:
         mask = sequence.trained_mask()
         if not any(mask):
@@ -74,7 +76,8 @@ def rows_of(trajectory: Trajectory, advantage: float) -> list[Row]:
         rows.append(
             Row(sequence.tokens[:stop], tuple(mask[:stop]), logprobs, advantage, trajectory.id, trajectory.group)
         )
-    return rows
+    whole = sum(row.trained for row in rows)
+    return [replace(row, share=row.trained / whole) for row in rows] if len(rows) > 1 else rows
 
 
 def rows_of_groups(groups: Sequence[Group], scale: Scale, baseline: Baseline = "mean") -> list[Row]:

@@ -6,6 +6,8 @@ and the forward pass. Always true here:
 
 * the loss of an optimizer update is that of all its rows, however they are cut into micro-batches, and rows without a
   sampled token (filler) change nothing;
+* a trajectory counts once, forked or not: a loss that averages over sequences takes the mean over all its trained
+  tokens (of the KL term a fork's rows count one each, as TRL adds it);
 * behaviour log-probabilities are the recorded ones; no forward pass is spent to guess them;
 * only sampled positions are projected to the vocabulary.
 
@@ -15,8 +17,9 @@ relied upon.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,6 +49,9 @@ ROW_MEAN = frozenset({"grpo", "sapo", "luspo", "dr_grpo"})
 `num_items_in_batch`.
 """
 
+TOKEN_MEAN = frozenset({"grpo", "sapo"})
+"""Losses that take the mean over a row's tokens first, so that each fork would count as much as a whole trajectory."""
+
 CISPO_HIGH = 5.0
 """Upper clip of CISPO where none is configured, as ScaleRL (arXiv 2510.13786) and TRL's documentation advise."""
 
@@ -60,11 +66,13 @@ Tensors = dict[str, Any]
 
 @dataclass
 class Window:
-    """The micro-batches of one optimizer update. `tokens` and `rows` count what is under the loss in all of them."""
+    """The micro-batches of one optimizer update. `tokens` and `rows` count what is under the loss in all of them, a
+    row of a forked trajectory as its share.
+    """
 
     micro: list[Tensors]
     tokens: int
-    rows: int
+    rows: float
     last: bool
     batch: Batch
 
@@ -237,12 +245,14 @@ class OnlineGRPOTrainer(GRPOTrainer):
         """
         device = self.accelerator.device
         rows = [row for row in batch.rows if row.trained]
+        if self.loss_type in TOKEN_MEAN:  # these are linear in the advantage, so it can carry the share
+            rows = [replace(row, advantage=row.advantage * row.share) for row in rows]
         parts = minibatches(rows, self._section.minibatches, seed=self._seed * 1_000_003 + batch.step)
         windows = [
             Window(
                 [collate(cut, self._tokenizer.pad_token_id, device) for cut in self.cut(part)],
                 sum(row.trained for row in part),
-                len(part),
+                math.fsum(row.share for row in part),
                 last=i == len(parts) - 1,
                 batch=batch,
             )
@@ -325,8 +335,8 @@ class OnlineGRPOTrainer(GRPOTrainer):
         return loss
 
     def _weight(self, tokens: int, rows: int, window: Window) -> float:
-        """What a micro-batch counts: TRL divides by its own rows or tokens, meant is to divide by those of the
-        update.
+        """What a micro-batch counts: TRL divides by its own rows or tokens, meant is to divide by those of the update
+        (a forked trajectory's rows being one together).
         """
         if not tokens:
             return 0.0

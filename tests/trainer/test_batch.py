@@ -75,6 +75,7 @@ def test_forks_share_the_advantage_of_their_trajectory():
     rows = rows_of_groups([group], "none")
     assert [(row.trajectory, row.advantage) for row in rows] == [("a", 0.5), ("a", 0.5), ("b", -0.5)]
     assert sum(row.trained for row in rows) == 5
+    assert [row.share for row in rows] == [2 / 3, 1 / 3, 1.0], "by trained tokens; a trajectory weighs 1"
 
 
 def test_a_sequence_must_have_a_prompt():

@@ -111,6 +111,36 @@ def test_every_loss_learns_and_does_not_depend_on_the_cut(base, make_rows, tmp_p
         assert cut_value == pytest.approx(value, rel=1e-5, abs=1e-7), name
 
 
+def forked(rows):
+    """The first two rows as one trajectory, the others as they are."""
+    whole = rows[0].trained + rows[1].trained
+    parts = [
+        dataclasses.replace(row, trajectory="forked", advantage=0.7, share=row.trained / whole) for row in rows[:2]
+    ]
+    return [*parts, *rows[2:]]
+
+
+@pytest.mark.parametrize("loss", LOSS_TYPES)
+def test_a_forked_trajectory_counts_once(base, make_rows, tmp_path, loss):
+    """A mean over sequences sees one sequence with all its tokens; where tokens count alike, they still do."""
+    trainer = make(base, tmp_path, loss=loss, importance_sampling_level=level(loss))
+    rows = forked(make_rows(4))
+    tokens = [row.trained for row in rows]
+    alone = [gradient(trainer, [dataclasses.replace(row, share=1.0)])[1] for row in rows]
+    _, together = gradient(trainer, rows)
+    if loss in ("grpo", "sapo"):
+        fork = (tokens[0] * alone[0] + tokens[1] * alone[1]) / (tokens[0] + tokens[1])
+        expected = (fork + alone[2] + alone[3]) / 3
+    elif loss in ("luspo", "dr_grpo"):
+        expected = sum(alone) / 3
+    else:
+        expected = sum(n * g for n, g in zip(tokens, alone, strict=True)) / sum(tokens)
+    assert changed(together, expected) < 1e-5
+    if loss == "grpo":
+        _, by_row = gradient(trainer, [dataclasses.replace(row, share=1.0) for row in rows])
+        assert changed(by_row, expected) > 1e-2, "control: counted by row, the fork weighs more"
+
+
 @pytest.mark.parametrize("loss", ["grpo", "bnpo"])
 def test_control_without_the_weights_the_cut_changes_the_gradient(base, make_rows, tmp_path, loss, monkeypatch):
     rows = make_rows(10)
