@@ -113,6 +113,9 @@ class EpisodeSection(Section):
     on_overflow: Literal["failure", "drop"] = "failure"
     """A truncated episode: "failure" keeps it with the environment's reward (0 when ungraded), "drop" makes it a typed
     failure that is counted and never trained on."""
+    cut_turns: Literal["mask", "train"] = "mask"
+    """The tokens of a turn that `max_turn_tokens` or `max_tokens` cut, where the episode is kept: "mask" records them
+    without training on them, "train" trains them with the episode's reward, so that rambling is paid for."""
     thinking: bool = False
     """Let the template's thinking mode on."""
 

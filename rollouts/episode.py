@@ -8,9 +8,9 @@ behind is not part of it).
 
 A budget that runs out truncates. Then the environment grades what there is (a `NeedStep` without a call,
 `grading=True`), and `on_overflow` says whether that counts ("failure") or the episode is dropped and counted
-("drop"). A turn that hit its length limit was never an action: its tokens stay in the record with `trained=False`,
-the environment does not see them, and the episode ends. A reward of NaN is no verdict, so it becomes
-`Failure(UNGRADED)`, whatever else happened.
+("drop"). A turn that hit its length limit was never an action: its tokens stay in the record, the environment does not
+see them, and the episode ends; `cut_turns` says whether they are masked (`trained=False`) or trained. A reward of NaN
+is no verdict, so it becomes `Failure(UNGRADED)`, whatever else happened.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ class Episode:
         prompt = self.request.prompt
         cut = sample.finish == "length"
         sequence = self._sequences[-1]
-        span = sequence.turn(sample, trained=not cut)
+        span = sequence.turn(sample, trained=not cut or self._budget.cut_turns == "train")
         action = Action() if cut else self._renderer.parse(sample.tokens, prompt, len(self._turns))
         self._history.append(self._renderer.assistant_message(sample.tokens, prompt))
         self._calls += len(action.tool_calls)

@@ -1,7 +1,8 @@
 """Rows: what the optimizer eats, made from trajectories.
 
-Always true: a row is one token sequence of one trajectory, cut behind its last trained token; every sampled token that
-the environment saw stands under the loss in exactly one row, with the log-probability recorded when it was sampled.
+Always true: a row is one token sequence of one trajectory, cut behind its last trained token; every sampled token but
+those of a masked span (`TokenSpan.trained`) stands under the loss in exactly one row, with the log-probability recorded
+when it was sampled.
 """
 
 from __future__ import annotations

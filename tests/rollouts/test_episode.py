@@ -133,6 +133,27 @@ def test_a_cut_turn_is_recorded_masked_and_never_an_action(plain):
     assert not any(sequence.trained_mask()[-len(cut.tokens) :])
 
 
+def test_a_cut_turn_is_trained_where_the_configuration_says_so(plain):
+    """Once, with the log-probabilities it was sampled with, and the episode's own reward; still never an action."""
+    episode = begun(plain, cut_turns="train")
+    one = sample(plain, adding.call("add", n=3))
+    episode.sampled(one, 0.1)
+    episode.stepped(TOOL, 0.0, False, False, {}, 0.2)
+    cut = sample(plain, adding.call("add", n=4), finish="length")
+    assert episode.sampled(cut, 0.3) == NeedStep(Action(), grading=True)
+    trajectory = finish(episode, 0.0)
+    (sequence,) = trajectory.sequences
+    assert sequence.trained_mask() == sequence.sampled_mask()
+    assert sequence.logprobs == one.logprobs + cut.logprobs
+    assert (trajectory.reward, trajectory.end) == (0.0, EndReason.MAX_TOKENS)
+
+
+def test_a_dropped_episode_trains_nothing_of_its_cut_turn(plain):
+    episode = begun(plain, "drop", cut_turns="train")
+    outcome = episode.sampled(sample(plain, "I go on and", finish="length"), 0.1).outcome
+    assert isinstance(outcome, Failure) and outcome.kind is FailureKind.OVERFLOW
+
+
 @pytest.mark.parametrize("grading", [False, True])
 def test_no_verdict_is_a_failure_and_never_a_zero(plain, grading):
     for reward, info in [(math.nan, {}), (0.0, {"ungraded": "engines disagree"})]:
@@ -231,9 +252,10 @@ class Machine(RuleBasedStateMachine):
         turns=st.integers(1, 5),
         tokens=st.integers(600, 1200),
         drop=st.booleans(),
+        cut_turns=st.sampled_from(["mask", "train"]),
     )
-    def start(self, turns, tokens, drop):
-        budget = adding.budget(max_turns=turns, max_tokens=tokens, max_turn_tokens=40)
+    def start(self, turns, tokens, drop, cut_turns):
+        budget = adding.budget(max_turns=turns, max_tokens=tokens, max_turn_tokens=40, cut_turns=cut_turns)
         self.episode = Episode(spec(), budget, self.renderer, "drop" if drop else "failure")
         self.budget = budget
         self.seen, self.made, self.logprobs, self.ends = [], [], [], 0
