@@ -89,6 +89,9 @@ class EnvSection(Section):
     """Shortest tool schemas (names and types) instead of full descriptions."""
     system_prompt: str = ""
     """System message; empty: none beyond the tools that the template adds."""
+    processes: NonNegativeInt = 0
+    """Processes that the environments run in, so that their work and the sampler's do not wait for one interpreter
+    lock; 0: threads of the sampler's own process."""
     draw: Literal["uniform", "difficulty"] = "uniform"
     """"difficulty" draws tasks in proportion to the observed variance of their reward, p(1-p), with a floor."""
 

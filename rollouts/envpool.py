@@ -1,5 +1,7 @@
 """Environments, kept and reused, and the threads that step them.
 
+`EnvPool` is what a runner needs of either kind: threads of this process (here) or processes (`envprocess`).
+
 Always true: every call has a deadline, counted from when it starts to run; a call that misses it is answered by
 `TimeoutError`, its thread is given up and replaced, and its environment is never used again. How many threads may be
 stuck is bounded; beyond that calls are refused with a sentence. Environments that failed are dropped, never reused.
@@ -14,15 +16,58 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from queue import SimpleQueue
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 
-from ..envs.core import AgentEnv, EnvFailure
+from ..envs.core import Action, AgentEnv, EnvFailure, Observation
 
 T = TypeVar("T")
 
 SLOW_SECONDS = 0.1
+
+Opening = tuple[Observation, Mapping[str, Any], list[dict[str, Any]]]
+"""What a reset answers: observation, info, and the tools offered in OpenAI's shape."""
+StepResult = tuple[Observation, float, bool, bool, Mapping[str, Any]]
+"""What a step answers: observation, reward, terminated, truncated, info."""
+
+
+class EnvRaised(RuntimeError):
+    """An exception that an environment did not declare; says its type and its message."""
+
+
+class EnvPool(Protocol):
+    """Environments for episodes. `take`, `reset` and `step` raise `TimeoutError` at their deadline, `EnvFailure`, and
+    `EnvRaised` for what else the environment raises; nothing else. A handle is good for one episode at a time.
+    """
+
+    async def take(self, task: str) -> Any:
+        """A handle to an environment for an episode of the task with this id. End it by `give` or `drop`."""
+
+    async def reset(self, handle: Any, seed: int, options: dict[str, Any]) -> Opening:
+        """Start an episode. `info` may be reduced to what can be kept as JSON."""
+
+    async def step(self, handle: Any, action: Action) -> StepResult:
+        """Carry out one turn. `info` may be reduced to what can be kept as JSON."""
+
+    def give(self, handle: Any) -> None:
+        """The environment is fit for another episode."""
+
+    def drop(self, handle: Any) -> None:
+        """The environment failed, or its call was abandoned: it is never used again."""
+
+    async def close(self) -> None:
+        """Close the environments and end what steps them. Closing twice is allowed."""
+
+
+async def theirs(call: Awaitable[T]) -> T:
+    """Await a call into an environment; what it raises is marked as its own, so that our bugs are not blamed on it."""
+    try:
+        return await call
+    except (EnvFailure, TimeoutError):
+        raise
+    except Exception as error:
+        raise EnvRaised(f"{type(error).__name__}: {error}") from error
 
 
 class _Job(Generic[T]):
@@ -77,24 +122,31 @@ class _Worker(threading.Thread):
                 continue
 
 
-class EnvPool:
-    """`workers` calls run at once, slow ones more; idle environments are kept, as many as ever ran at once."""
+class ThreadEnvPool:
+    """`workers` calls run at once, slow ones more; idle environments are kept, as many as ever ran at once.
+
+    More than one worker helps environments that wait for something outside the interpreter lock. A handle is the
+    environment itself. `terse`: shortest tool schemas.
+    """
 
     def __init__(
         self,
         make_env: Callable[[], AgentEnv],
         *,
         deadline_s: float,
+        terse: bool = False,
         workers: int = 1,
         max_workers: int = 16,
         max_stuck: int = 8,
     ) -> None:
         self._make = make_env
         self._deadline = deadline_s
+        self._terse = terse
         self._max_stuck = max_stuck
         self._max_workers = max(workers, max_workers)
         self._jobs: SimpleQueue[_Job[Any] | None] = SimpleQueue()
-        self._workers = [self._start_worker() for _ in range(workers)]
+        self._first_workers = workers
+        self._workers: list[_Worker] = []
         self._stuck: list[_Worker] = []
         self._idle: list[AgentEnv] = []
         self._closed = False
@@ -105,13 +157,29 @@ class EnvPool:
         self._stuck = [w for w in self._stuck if w.is_alive()]
         return len(self._stuck)
 
-    async def take(self) -> AgentEnv:
-        """An idle environment, or a new one. Give it back with `give`; simply forget it when it failed."""
-        return self._idle.pop() if self._idle else await self.call(self._make)
+    async def take(self, task: str = "") -> AgentEnv:
+        """An idle environment, or a new one."""
+        return self._idle.pop() if self._idle else await theirs(self.call(self._make))
 
-    def give(self, env: AgentEnv) -> None:
-        """`env` is fit for another episode."""
-        self._idle.append(env)
+    async def reset(self, handle: AgentEnv, seed: int, options: dict[str, Any]) -> Opening:
+        """See `EnvPool`; `info` is the environment's own."""
+
+        def reset() -> Opening:
+            observation, info = handle.reset(seed=seed, options=options)
+            return observation, info, [tool.to_openai(terse=self._terse) for tool in handle.tools]
+
+        return await theirs(self.call(reset))
+
+    async def step(self, handle: AgentEnv, action: Action) -> StepResult:
+        """See `EnvPool`; `info` is the environment's own."""
+        return await theirs(self.call(lambda: handle.step(action)))
+
+    def give(self, handle: AgentEnv) -> None:
+        """The environment is fit for another episode."""
+        self._idle.append(handle)
+
+    def drop(self, handle: AgentEnv) -> None:
+        """Nothing is to be done: a pool keeps only what was given back."""
 
     async def call(self, function: Callable[[], T]) -> T:
         """Run `function` in a worker.
@@ -124,6 +192,8 @@ class EnvPool:
             raise EnvFailure(
                 "workers_stuck", f"{self.stuck} environment calls hang past {self._deadline:g} s; no more are started"
             )
+        if not self._workers:
+            self._workers = [self._start_worker() for _ in range(self._first_workers)]
         job = _Job(function)
         self._jobs.put(job)
         job.timer = job.loop.call_later(min(SLOW_SECONDS, self._deadline), self._look_at, job)

@@ -26,10 +26,7 @@ from ..configs.schema import EpisodeSection
 from ..envs.core import Action, Message, Observation, Task
 from .render import ChatRenderer, Fork
 from .samplers.base import Sample
-from .types import EndReason, Failure, FailureKind, Origin, TokenSequence, TokenSpan, Trajectory, Turn
-
-MAX_INFO_CHARS = 200_000
-"""Longest value of `info`, as JSON, that a trajectory keeps."""
+from .types import EndReason, Failure, FailureKind, Origin, TokenSequence, TokenSpan, Trajectory, Turn, plain_info
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +161,7 @@ class Episode:
         if self.request is not None:
             raise EpisodeOrderError("the episode has already begun")
         self._tools = [dict(t) for t in tools]
-        self._info.update(_plain(info))
+        self._info.update(plain_info(info))
         opening: list[Message] = [{"role": "system", "content": system_prompt}] if system_prompt else []
         opening.extend(observation.messages)
         self._history = [dict(m) for m in opening]
@@ -224,7 +221,7 @@ class Episode:
             raise EpisodeOrderError(f"a step was not asked for; the episode waits for {self.request!r:.80}")
         grading = self.request.grading
         self._elapsed = elapsed
-        self._info.update(_plain(info))
+        self._info.update(plain_info(info))
         if math.isnan(reward) or info.get("ungraded"):
             return self.fail(
                 FailureKind.UNGRADED, f"no verdict: {info.get('ungraded') or 'the reward is not a number'}"
@@ -349,16 +346,3 @@ def _wrong_with(sample: Sample, request: NeedSample, version: int) -> str:
 def _call_record(call: Any) -> dict[str, Any]:
     record = {"id": call.id, "name": call.name, "arguments": None if call.arguments is None else dict(call.arguments)}
     return record if call.arguments is not None else {**record, "raw": call.raw}
-
-
-def _plain(info: Mapping[str, Any]) -> dict[str, Any]:
-    """What of `info` can be kept as JSON; the rest (the task object, arrays) and what is too long is left out."""
-    kept: dict[str, Any] = {}
-    for key, value in info.items():
-        try:
-            text = json.dumps(value, allow_nan=False)
-        except (TypeError, ValueError, RecursionError):
-            continue
-        if len(text) <= MAX_INFO_CHARS:
-            kept[str(key)] = json.loads(text)
-    return kept

@@ -10,16 +10,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, cast
-
-import gymnasium
+from typing import Any, Literal
 
 from ..configs.schema import EnvSection, EpisodeSection
 from ..envs.core import AgentEnv, EnvFailure, Task
-from .envpool import EnvPool
+from .envpool import EnvPool, EnvRaised
 from .episode import Ended, Episode, EpisodeSpec, NeedSample, NeedStep, Request, environment_seed, episode_key
+from .recipe import env_recipe
 from .render import ChatRenderer
 from .samplers.base import Sample, Sampler, SampleRequest, SamplerError, SamplingParams
 from .store import TrajectoryStore
@@ -29,7 +28,6 @@ END_SESSION_SECONDS = 10.0
 RETRIES = 4
 FIRST_PAUSE_SECONDS = 0.05
 
-T = TypeVar("T")
 Outcome = Trajectory | Failure
 
 
@@ -64,20 +62,9 @@ class RunnerCounts:
 def env_factory(section: EnvSection, **more: Any) -> Callable[[], AgentEnv]:
     """Makes the configured environment; `more` goes to its constructor beside `section.kwargs`.
 
-    Raises `ValueError` at once when the id is not registered.
+    Raises `ValueError` at once when the id is not registered; see `recipe`.
     """
-    from .. import envs as _registers  # noqa: F401 - registering with Gymnasium is this import's purpose
-
-    try:
-        gymnasium.spec(section.id)
-    except gymnasium.error.Error as error:
-        raise ValueError(f"env.id: {error}") from error
-
-    def make() -> AgentEnv:
-        env = gymnasium.make(section.id, disable_env_checker=True, **{**section.kwargs, **more})
-        return cast(AgentEnv, env.unwrapped)
-
-    return make
+    return env_recipe(section, **more).make
 
 
 class RolloutRunner:
@@ -88,21 +75,16 @@ class RolloutRunner:
         *,
         sampler: Sampler,
         renderer: ChatRenderer,
-        make_env: Callable[[], AgentEnv],
+        pool: EnvPool,
         episode: EpisodeSection,
         run: str,
         seed: int,
         concurrency: int,
         store: TrajectoryStore | None = None,
         env_id: str = "",
-        terse: bool = False,
         system_prompt: str = "",
-        env_workers: int = 1,
     ) -> None:
-        """`concurrency` episodes run at once, stepped by `env_workers` threads.
-
-        More than one thread helps environments that wait for something outside the interpreter lock.
-        """
+        """`concurrency` episodes run at once, in environments of `pool`, which `close` closes."""
         self.sampler = sampler
         self.renderer = renderer
         self.episode = episode
@@ -112,9 +94,8 @@ class RolloutRunner:
         self._concurrency = concurrency
         self._store = store
         self._env_id = env_id
-        self._terse = terse
         self._system_prompt = system_prompt
-        self._pool = EnvPool(make_env, deadline_s=episode.step_seconds, workers=env_workers)
+        self._pool = pool
 
     async def run_groups(
         self,
@@ -203,37 +184,33 @@ class RolloutRunner:
     async def _play(self, episode: Episode, task: Task, params: SamplingParams) -> Outcome:
         """Drive the state machine to its end with a real environment and a real sampler."""
         started = time.monotonic()
-        env: AgentEnv | None = None
+        env: Any = None
+        fit = False
         try:
-            env = await _theirs(self._pool.take())
+            env = await self._pool.take(task.id)
             request = await self._begin(episode, env, task, started)
             while not isinstance(request, Ended):
                 if isinstance(request, NeedSample):
                     request = await self._sampled(episode, request, params, started)
                 else:
                     request = await self._stepped(episode, request, env, started)
+            fit = True
         except TimeoutError as error:
             return _failed(episode, FailureKind.ENV_TIMEOUT, str(error), retryable=True)
-        except EnvFailure as error:
+        except (EnvFailure, EnvRaised) as error:
             return _failed(episode, FailureKind.ENV, str(error), retryable=True)
-        except _EnvRaised as error:
-            return _failed(episode, FailureKind.ENV, str(error), retryable=True)
-        self._pool.give(env)
+        finally:
+            if env is not None:
+                (self._pool.give if fit else self._pool.drop)(env)
         return request.outcome
 
-    async def _begin(self, episode: Episode, env: AgentEnv, task: Task, started: float) -> Request:
-        def reset() -> tuple[Any, dict[str, Any], list[dict[str, Any]]]:
-            observation, info = env.reset(seed=episode.spec.seed, options={"task": task})
-            return observation, info, [tool.to_openai(terse=self._terse) for tool in env.tools]
-
-        observation, info, tools = await _theirs(self._pool.call(reset))
+    async def _begin(self, episode: Episode, env: Any, task: Task, started: float) -> Request:
+        observation, info, tools = await self._pool.reset(env, episode.spec.seed, {"task": task})
         return episode.begin(observation, tools, info, self._system_prompt, time.monotonic() - started)
 
-    async def _stepped(self, episode: Episode, request: NeedStep, env: AgentEnv, started: float) -> Request:
+    async def _stepped(self, episode: Episode, request: NeedStep, env: Any, started: float) -> Request:
         before = time.monotonic()
-        observation, reward, terminated, truncated, info = await _theirs(
-            self._pool.call(lambda: env.step(request.action))
-        )
+        observation, reward, terminated, truncated, info = await self._pool.step(env, request.action)
         now = time.monotonic()
         return episode.stepped(observation, reward, terminated, truncated, info, now - started, now - before)
 
@@ -284,20 +261,6 @@ class RolloutRunner:
                 await self.sampler.end_session(session)
         except (SamplerError, TimeoutError):
             self.counts.retries += 1
-
-
-class _EnvRaised(RuntimeError):
-    """An exception that an environment did not declare."""
-
-
-async def _theirs(call: Awaitable[T]) -> T:
-    """Await a call into an environment; what it raises is marked as its own, so that our bugs are not blamed on it."""
-    try:
-        return await call
-    except (EnvFailure, TimeoutError):
-        raise
-    except Exception as error:
-        raise _EnvRaised(f"{type(error).__name__}: {error}") from error
 
 
 def _failed(episode: Episode, kind: FailureKind, message: str, retryable: bool = False) -> Outcome:

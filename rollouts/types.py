@@ -7,12 +7,17 @@ one `Failure`.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 
 Origin = Literal["prompt", "sampled", "tool", "template"]
+
+MAX_INFO_CHARS = 200_000
+"""Longest value of `info`, as JSON, that a trajectory keeps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,3 +196,16 @@ class Group:
     def has_signal(self) -> bool:
         """Whether any two rewards differ: without that a group has no gradient."""
         return len(set(self.rewards)) > 1
+
+
+def plain_info(info: Mapping[str, Any]) -> dict[str, Any]:
+    """What of `info` can be kept as JSON; the rest (the task object, arrays) and what is too long is left out."""
+    kept: dict[str, Any] = {}
+    for key, value in info.items():
+        try:
+            text = json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError):
+            continue
+        if len(text) <= MAX_INFO_CHARS:
+            kept[str(key)] = json.loads(text)
+    return kept

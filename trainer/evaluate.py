@@ -25,7 +25,7 @@ from ..configs.schema import RunConfig
 from ..envs.core import Action, AgentEnv, EnvFailure, Task
 from ..envs.spreadsheet.task import SpreadsheetTask
 from ..rollouts.digest import folder_digest
-from ..rollouts.envpool import EnvPool
+from ..rollouts.envpool import EnvPool, ThreadEnvPool
 from ..rollouts.episode import environment_seed
 from ..rollouts.render import RenderError
 from ..rollouts.runner import GroupSpec, RolloutRunner, env_factory
@@ -35,7 +35,7 @@ from . import tasks as tasklists
 from .background import Background
 from .errors import UserError
 from .policy import PolicyStore, UnknownVersion, resolve_base
-from .sampling import make_runner, make_sampler
+from .sampling import make_pool, make_runner, make_sampler
 from .scores import EvalResult, FamilyScore, Mode, summarise
 
 __all__ = [
@@ -167,6 +167,7 @@ def evaluate_config(
         make_env = env_factory(config.env, **tasklists.environment_options(config.env, data.tasks))
     except ValueError as error:
         raise UserError(str(error)) from error
+    pool = make_pool(config, data.tasks)
     episodes = sum(map(len, parts)) * (samples + config.eval.greedy)
     waves = episodes // config.sampler.slots + 2
     loop = Background("espalier-evaluation")
@@ -175,7 +176,7 @@ def evaluate_config(
             do_nothing(make_env, data.tasks, seed=config.seed, deadline_s=config.episode.step_seconds),
             2 * config.episode.step_seconds * (len(data.tasks) + 1),
         )
-        work = _measure(config, base, version, make_env, data.tasks, parts, samples)
+        work = _measure(config, base, version, pool, data.tasks, parts, samples)
         results = loop.call(work, waves * config.episode.max_seconds + 120.0)
     finally:
         loop.close()
@@ -203,7 +204,7 @@ async def _measure(
     config: RunConfig,
     base: Path,
     version: PolicyVersion,
-    make_env: Callable[[], AgentEnv],
+    pool: EnvPool,
     tasks: Sequence[Task],
     parts: Sequence[Sequence[Task]],
     samples: int,
@@ -213,7 +214,7 @@ async def _measure(
         try:
             sampler = make_sampler(config, base)
             stack.push_async_callback(sampler.close)
-            runner = make_runner(config, base, sampler, make_env)
+            runner = make_runner(config, base, sampler, pool)
             stack.push_async_callback(runner.close)
             await sampler.publish(version)
         except (SamplerError, RenderError) as error:
@@ -228,7 +229,7 @@ async def do_nothing(
     make_env: Callable[[], AgentEnv], tasks: Sequence[Task], *, seed: int, deadline_s: float
 ) -> Untouched:
     """Start every task and hand it in as it stands. What fails on our side or has no verdict is counted apart."""
-    pool = EnvPool(make_env, deadline_s=deadline_s)
+    pool = ThreadEnvPool(make_env, deadline_s=deadline_s)
     scores: list[tuple[float, float]] = []
     try:
         for task in tasks:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -18,8 +18,9 @@ from statistics import fmean
 from typing import Any
 
 from ..configs.schema import RunConfig
-from ..envs.core import AgentEnv, Task
-from ..rollouts.runner import GroupSpec, RolloutRunner, env_factory
+from ..envs.core import Task
+from ..rollouts.envpool import EnvPool
+from ..rollouts.runner import GroupSpec, RolloutRunner
 from ..rollouts.samplers.base import Sampler, SamplingParams
 from ..rollouts.store import TrajectoryStore
 from ..rollouts.types import Group, PolicyVersion, Trajectory
@@ -29,7 +30,7 @@ from .batch import Batch, rows_of_groups
 from .checkpoint import Progress
 from .errors import UserError
 from .evaluate import EvalResult, evaluate_tasks
-from .sampling import make_runner, make_sampler
+from .sampling import make_pool, make_runner, make_sampler
 
 SLACK_SECONDS = 60.0
 """Added to every deadline that is a sum of episodes' deadlines."""
@@ -38,20 +39,18 @@ SLACK_SECONDS = 60.0
 class RolloutSide:
     """Everything that makes trajectories, for callers without an event loop."""
 
-    def __init__(
-        self, config: RunConfig, base: Path, sampler: Sampler, make_env: Callable[[], AgentEnv], folder: Path
-    ) -> None:
+    def __init__(self, config: RunConfig, base: Path, sampler: Sampler, pool: EnvPool, folder: Path) -> None:
         self.config = config
         self.store = TrajectoryStore(folder / "trajectories")
         self._sampler = sampler
         self._loop = Background("espalier-rollouts")
-        self._runner = self._loop.call(self._make_runner(base, make_env), SLACK_SECONDS)
+        self._runner = self._loop.call(self._make_runner(base, pool), SLACK_SECONDS)
         self._seconds = config.episode.max_seconds
         self._params = SamplingParams(config.sampling.temperature, config.sampling.top_p, config.sampling.top_k)
         self._published: list[int] = []
 
-    async def _make_runner(self, base: Path, make_env: Callable[[], AgentEnv]) -> RolloutRunner:
-        return make_runner(self.config, base, self._sampler, make_env, self.store)
+    async def _make_runner(self, base: Path, pool: EnvPool) -> RolloutRunner:
+        return make_runner(self.config, base, self._sampler, pool, self.store)
 
     def publish(self, version: PolicyVersion) -> None:
         """Serve `version` from now on and let the others go as their episodes end."""
@@ -97,13 +96,10 @@ def open_rollouts(
 ) -> Iterator[RolloutSide]:
     """The rollout side with the configured sampler and environment, on `device` (default: the policy's).
 
-    Raises UserError for an unknown environment.
+    Raises UserError for an environment that cannot be made.
     """
-    try:
-        make_env = env_factory(config.env, **tasklists.environment_options(config.env, tasks))
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    side = RolloutSide(config, base, make_sampler(config, base, device), make_env, folder)
+    pool = make_pool(config, tasks)
+    side = RolloutSide(config, base, make_sampler(config, base, device), pool, folder)
     try:
         yield side
     finally:

@@ -7,7 +7,7 @@ import time
 import adding
 import pytest
 from espalier.envs.core import EnvFailure
-from espalier.rollouts.envpool import EnvPool
+from espalier.rollouts.envpool import ThreadEnvPool
 
 
 async def test_environments_are_reused_and_closed():
@@ -17,7 +17,7 @@ async def test_environments_are_reused_and_closed():
         made.append(adding.Adder())
         return made[-1]
 
-    pool = EnvPool(make, deadline_s=10)
+    pool = ThreadEnvPool(make, deadline_s=10)
     first = await pool.take()
     second = await pool.take()
     pool.give(first)
@@ -32,7 +32,7 @@ async def test_environments_are_reused_and_closed():
 
 async def test_a_call_that_hangs_is_given_up_and_the_next_one_runs():
     release = threading.Event()
-    pool = EnvPool(adding.Adder, deadline_s=0.2)
+    pool = ThreadEnvPool(adding.Adder, deadline_s=0.2)
     stuck = asyncio.create_task(pool.call(release.wait))
     queued = asyncio.create_task(pool.call(lambda: "next"))
     with pytest.raises(TimeoutError, match=r"0\.2 s"):
@@ -47,7 +47,7 @@ async def test_a_call_that_hangs_is_given_up_and_the_next_one_runs():
 
 async def test_a_slow_call_holds_up_nobody_and_threads_are_bounded():
     release = threading.Event()
-    pool = EnvPool(adding.Adder, deadline_s=60, max_workers=3)
+    pool = ThreadEnvPool(adding.Adder, deadline_s=60, max_workers=3)
     slow = [asyncio.create_task(pool.call(release.wait)) for _ in range(2)]
     assert await pool.call(lambda: "not held up") == "not held up"
     last = asyncio.create_task(pool.call(release.wait))
@@ -60,7 +60,7 @@ async def test_a_slow_call_holds_up_nobody_and_threads_are_bounded():
 
 
 async def test_waiting_in_the_queue_does_not_use_up_the_deadline():
-    pool = EnvPool(adding.Adder, deadline_s=0.5, max_workers=1)
+    pool = ThreadEnvPool(adding.Adder, deadline_s=0.5, max_workers=1)
     calls = [pool.call(lambda: time.sleep(0.1)) for _ in range(8)]  # 0.8 s of work in one thread
     assert await asyncio.gather(*calls) == [None] * 8
     await pool.close()
@@ -68,7 +68,7 @@ async def test_waiting_in_the_queue_does_not_use_up_the_deadline():
 
 async def test_stuck_threads_are_bounded():
     release = threading.Event()
-    pool = EnvPool(adding.Adder, deadline_s=0.05, max_stuck=2)
+    pool = ThreadEnvPool(adding.Adder, deadline_s=0.05, max_stuck=2)
     for _ in range(2):
         with pytest.raises(TimeoutError):
             await pool.call(release.wait)
@@ -79,7 +79,7 @@ async def test_stuck_threads_are_bounded():
 
 
 async def test_what_an_environment_raises_comes_out_but_never_kills_the_loop():
-    pool = EnvPool(adding.Adder, deadline_s=10)
+    pool = ThreadEnvPool(adding.Adder, deadline_s=10)
 
     def leave():
         raise SystemExit(3)
@@ -98,7 +98,7 @@ async def test_what_an_environment_raises_comes_out_but_never_kills_the_loop():
 
 async def test_a_cancelled_call_frees_nothing_it_does_not_own():
     release = threading.Event()
-    pool = EnvPool(adding.Adder, deadline_s=5)
+    pool = ThreadEnvPool(adding.Adder, deadline_s=5)
     running = asyncio.create_task(pool.call(release.wait))
     await asyncio.sleep(0.05)
     running.cancel()
@@ -111,6 +111,6 @@ async def test_a_cancelled_call_frees_nothing_it_does_not_own():
 
 async def test_workers_run_calls_side_by_side():
     barrier = threading.Barrier(3, timeout=10)
-    pool = EnvPool(adding.Adder, deadline_s=20, workers=3)
+    pool = ThreadEnvPool(adding.Adder, deadline_s=20, workers=3)
     await asyncio.gather(*(pool.call(barrier.wait) for _ in range(3)))
     await pool.close()

@@ -8,6 +8,7 @@ import adding
 import pytest
 from espalier.configs.schema import EnvSection
 from espalier.envs.core import EnvFailure
+from espalier.rollouts.envpool import ThreadEnvPool
 from espalier.rollouts.episode import episode_key
 from espalier.rollouts.runner import GroupSpec, RolloutRunner, env_factory
 from espalier.rollouts.samplers.base import SamplingParams
@@ -25,17 +26,17 @@ class Setting:
 
     def __init__(self, renderer, script, make_env=adding.Adder, store=None, concurrency=8, workers=1, **budget):
         self.sampler = ScriptedSampler(script, stop=renderer.stop_ids[0])
+        section = adding.budget(**budget)
         self.runner = RolloutRunner(
             sampler=self.sampler,
             renderer=renderer,
-            make_env=make_env,
-            episode=adding.budget(**budget),
+            pool=ThreadEnvPool(make_env, deadline_s=section.step_seconds, workers=workers),
+            episode=section,
             run="run",
             seed=5,
             concurrency=concurrency,
             store=store,
             env_id="toy",
-            env_workers=workers,
         )
 
     async def __aenter__(self):

@@ -7,6 +7,7 @@ import pytest
 from espalier.configs.schema import EnvSection
 from espalier.envs.spreadsheet.expert import expert
 from espalier.envs.spreadsheet.families import generate
+from espalier.rollouts.envpool import ThreadEnvPool
 from espalier.rollouts.runner import GroupSpec, RolloutRunner, env_factory
 from espalier.rollouts.samplers.base import SamplingParams
 from espalier.rollouts.samplers.scripted import ScriptedSampler, say
@@ -39,14 +40,13 @@ def runner(renderer, tasks, script, folder, store=None):
     return sampler, RolloutRunner(
         sampler=sampler,
         renderer=renderer,
-        make_env=env_factory(section, tasks=tasks),
+        pool=ThreadEnvPool(env_factory(section, tasks=tasks), deadline_s=10, terse=True),
         episode=adding.budget(max_prompt_tokens=6000, max_tokens=12000, max_turn_tokens=2000, max_seconds=120.0),
         run="run",
         seed=1,
         concurrency=4,
         store=store,
         env_id=section.id,
-        terse=True,
     )
 
 

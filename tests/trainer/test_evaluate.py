@@ -9,6 +9,7 @@ import pytest
 import toy
 from espalier.configs.schema import RunConfig
 from espalier.envs.core import EnvFailure, Observation, Task
+from espalier.rollouts.envpool import ThreadEnvPool
 from espalier.rollouts.render import make_renderer
 from espalier.rollouts.runner import RolloutRunner
 from espalier.rollouts.samplers.scripted import Fail, Say, ScriptedSampler
@@ -53,7 +54,7 @@ async def measured(base, tasks, says, tmp_path=None, **more):
     runner = RolloutRunner(
         sampler=sampler,
         renderer=renderer,
-        make_env=Marked,
+        pool=ThreadEnvPool(Marked, deadline_s=toy_config(base).episode.step_seconds),
         episode=toy_config(base).episode,
         run="run",
         seed=1,
