@@ -2,7 +2,8 @@
 
 A benchmark is `results/NAME/measure.py`, run by `espalier bench NAME` (which puts this folder on its path). Always
 true: contenders alternate within one run; figures are plain numbers, booleans as 0 or 1; a quick run never writes into
-the folder that the README quotes; no host name, user name or path of this machine enters a file.
+the folder that the README quotes; what ran on a GPU stands beneath it in `cuda/`, beside no figure of the CPU; no host
+name, user name or path of this machine enters a file.
 """
 
 from __future__ import annotations
@@ -42,18 +43,22 @@ VERSIONED = (
 
 @dataclass(frozen=True)
 class Bench:
-    """One invocation. `folder` is where plots and report.md go; None when the folder must be left alone."""
+    """One invocation. `folder` is where figures.json, plots and report.md go; None when it must be left alone. `device`
+    ("cpu" or "cuda", which is there) is where models stand.
+    """
 
     name: str
     quick: bool
     json_file: Path | None
     folder: Path | None
     arms: Path
+    device: str = "cpu"
 
     @property
     def command(self) -> str:
         """The command that makes these figures again."""
-        return f"espalier bench {self.name}" + (" --quick" if self.quick else "")
+        device = "" if self.device == "cpu" else f" --device {self.device}"
+        return f"espalier bench {self.name}{device}" + (" --quick" if self.quick else "")
 
     def finish(self, claim: str, seeds: Sequence[int], figures: Mapping[str, float], runs: Sequence[Any]) -> None:
         """Write figures.json where this invocation may write it, and print the figures."""
@@ -76,6 +81,8 @@ class Bench:
         start over.
         """
         what = {"settings": dict(settings), "quick": self.quick, "versions": versions()}
+        if self.device != "cpu":
+            what["device"] = self.device
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
         kept = self.arms / f"{digest}.json"
         if kept.is_file():
@@ -89,16 +96,34 @@ class Bench:
         return result
 
 
-def start(script: str, description: str, argv: Sequence[str] | None = None) -> Bench:
-    """Read the command line of `measure.py`; `script` is its `__file__`."""
+def start(
+    script: str, description: str, argv: Sequence[str] | None = None, devices: Sequence[str] = ("cpu", "cuda")
+) -> Bench:
+    """Read the command line of `measure.py`; `script` is its `__file__`, `devices` what it can run on. Ends the program
+    with a sentence where it cannot run on what is asked for.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="a smoke run for tests, never a figure")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write figures to FILE, leave the folder alone")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where models stand")
     args = parser.parse_args(argv)
     folder = Path(script).resolve().parent
-    alone = args.quick or args.json is not None
+    if args.device not in devices:
+        raise SystemExit(f"{folder.name} runs no model, so --device {args.device} has no meaning for it; leave it out.")
+    if args.device == "cuda" and not _has_cuda():
+        raise SystemExit("--device cuda: this machine has no CUDA device that torch can use; leave it out.")
     arms = folder.parent.parent / "runs" / "bench" / folder.name
-    return Bench(folder.name, args.quick, args.json, None if alone else folder, arms)
+    place = None if args.quick or args.json is not None else folder
+    if place is not None and args.device != "cpu":
+        place /= args.device
+        place.mkdir(exist_ok=True)
+    return Bench(folder.name, args.quick, args.json, place, arms, args.device)
+
+
+def _has_cuda() -> bool:
+    import torch  # here, because a benchmark without a model loads none
+
+    return bool(torch.cuda.is_available())
 
 
 def envelope(

@@ -14,8 +14,10 @@ from pathlib import Path
 from .errors import UserError
 
 
-def run_bench(name: str, *, json_file: Path | None = None, quick: bool = False) -> int:
-    """Run one benchmark; returns its exit code. Raises `UserError` outside a checkout or for a wrong name."""
+def run_bench(name: str, *, json_file: Path | None = None, quick: bool = False, device: str | None = None) -> int:
+    """Run one benchmark, on `device` (None: its own default); returns its exit code. Raises `UserError` outside a
+    checkout or for a wrong name.
+    """
     results = find_results(Path.cwd(), Path(__file__).resolve())
     if results is None:
         raise UserError("bench runs in a checkout of Espalier: clone the repository and call it there.")
@@ -26,6 +28,7 @@ def run_bench(name: str, *, json_file: Path | None = None, quick: bool = False) 
     command = [sys.executable, "-P", str(script)]
     command += ["--json", str(json_file.absolute())] if json_file is not None else []
     command += ["--quick"] if quick else []
+    command += ["--device", device] if device is not None else []
     paths = [str(results), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, check=False)
     return 130 if done.returncode < 0 else done.returncode

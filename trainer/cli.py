@@ -187,6 +187,7 @@ def _build() -> argparse.ArgumentParser:
     bench.add_argument("name", metavar="NAME")
     bench.add_argument("--json", metavar="FILE", type=Path, help="write figures to FILE, leave the folder alone")
     bench.add_argument("--quick", action="store_true", help="a smoke run, never a figure")
+    bench.add_argument("--device", choices=("cpu", "cuda"), help="where models stand (default: cpu)")
 
     report = command("report", commands.report, "write report.html of a run")
     inspect = command("inspect", commands.inspect, "show one trajectory, readable")

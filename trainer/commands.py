@@ -248,4 +248,4 @@ def bench(args: argparse.Namespace) -> Result:
     """Run a benchmark of this checkout."""
     from .bench import run_bench
 
-    return {"exit_code": run_bench(args.name, json_file=args.json, quick=args.quick)}
+    return {"exit_code": run_bench(args.name, json_file=args.json, quick=args.quick, device=args.device)}

@@ -98,7 +98,7 @@ def rejection_sampling(config: RunConfig, episodes: int, epochs: int) -> dict[st
     folder, model = config.out / config.name, resolve_base(config.policy.base)
     tasks = tasklists.load(config.env, "train", config.seed, config.env.task_count)
     size, kept, seen = config.trainer.group_size, [], 0
-    with open_rollouts(config, model, tasks, folder, "cpu") as side:
+    with open_rollouts(config, model, tasks, folder) as side:
         while seen < episodes:
             drawn = tasklists.draw(tasks, config.trainer.groups, seed=config.seed, step=seen)
             specs = [GroupSpec(f"{config.name}/{seen}/{i}", task, size) for i, task in enumerate(drawn)]
@@ -114,14 +114,16 @@ def imitate(config: RunConfig, model: Path, kept: Sequence[Trajectory], epochs: 
     """Cross-entropy on what the policy said in `kept`, on the adapter and optimizer that GRPO trains."""
     import torch
     from espalier.trainer.batch import Row, collate, rows_of
-    from espalier.trainer.model import load_base, lora_config, write_adapter
+    from espalier.trainer.model import load_base, lora_config, resolve_device, write_adapter
     from peft import PeftModel, get_peft_model
 
     torch.manual_seed(config.seed)
     torch.set_num_threads(config.trainer.threads)
+    device = torch.device(resolve_device(config.policy.device))
     policy = get_peft_model(load_base(model, config.policy), lora_config(config.policy))
     if not isinstance(policy, PeftModel):
         raise TypeError("PEFT gave something else than a PeftModel")
+    policy.to(device)
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.trainer.learning_rate, weight_decay=0.0)
     rows = [row for t in kept for row in rows_of(t, 1.0)]
@@ -133,7 +135,7 @@ def imitate(config: RunConfig, model: Path, kept: Sequence[Trajectory], epochs: 
             yield from (rows[i : i + 64] for i in range(0, len(rows), 64))
 
     for some in batches():
-        batch = collate(some, 0, torch.device("cpu"))
+        batch = collate(some, 0, device)
         tokens = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         logits = policy(tokens).logits[:, :-1]
         under = batch["tool_mask"].bool()
@@ -148,7 +150,9 @@ def imitate(config: RunConfig, model: Path, kept: Sequence[Trajectory], epochs: 
 
 
 def imitation_continued(config: RunConfig, seconds: float) -> dict[str, Any]:
-    """The base's own recipe for as long as GRPO took, on fresh demonstrations of the same faulty expert."""
+    """The base's own recipe for as long as GRPO took, on fresh demonstrations of the same faulty expert; on the CPU,
+    wherever GRPO ran.
+    """
     from espalier.envs.spreadsheet.env import SpreadsheetEnv
     from espalier.envs.spreadsheet.expert import FaultModel
     from espalier.trainer.demonstrations import sketch_task

@@ -62,7 +62,7 @@ def main() -> None:
 
 def run(bench: _bench.Bench, found: Found, arm: str, seed: int, **more: Any) -> None:
     """One arm of one seed, in a fresh process, unless it is kept from an earlier invocation."""
-    overrides = QUICK if bench.quick else []
+    overrides = ["--policy.device", bench.device, *(QUICK if bench.quick else [])]
 
     def fresh() -> dict[str, Any]:
         print(f"seed {seed}: {TITLES[arm]} ...", file=sys.stderr, flush=True)

@@ -8,7 +8,6 @@ unmerged, and its better form counts. Only tokens up to an episode's stop token 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import itertools
 import sys
@@ -337,26 +336,23 @@ and unmerged, the better form counted. The sweep and all rounds are in figures.j
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, and write figures.json, report.md and plot.png."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    own, rest = parser.parse_known_args(argv)
-    bench = _bench.start(__file__, "tokens/s of the embedded sampler (also: --device cpu|cuda)", rest)
+    bench = _bench.start(__file__, "tokens/s of the embedded sampler", argv)
     cases = [Case("64", 16, 4), Case("64_fixed", 16, 2, fixed=4)] if bench.quick else CASES
     rounds, threads = (1, (1,)) if bench.quick else (7, THREADS)
     with tempfile.TemporaryDirectory() as folder:
         policy = shipped_policy()
-        contenders = Contenders(policy, make_adapter(policy.base, Path(folder)), threads, own.device)
+        contenders = Contenders(policy, make_adapter(policy.base, Path(folder)), threads, bench.device)
         try:
             figures, runs = measure(contenders, cases, rounds)
         finally:
             contenders.close()
     if bench.folder is not None:
         plot(figures, bench.folder / "plot.png")
-        (bench.folder / "report.md").write_text(report(figures, runs, rounds, own.device), encoding="utf-8")
+        (bench.folder / "report.md").write_text(report(figures, runs, rounds, bench.device), encoding="utf-8")
     claim = (
         "The embedded sampler makes at least 3 times the tokens per second of transformers' generate at 64 episodes."
     )
-    bench.finish(claim, [SEED], figures, [{"device": own.device}, *runs])
+    bench.finish(claim, [SEED], figures, [{"device": bench.device}, *runs])
 
 
 if __name__ == "__main__":

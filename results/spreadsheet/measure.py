@@ -293,7 +293,7 @@ def picture(figures: Mapping[str, float], found: Mapping[str, Any], file: Path) 
 
 def main() -> None:
     """Measure, and write figures.json, report.md and plot.png."""
-    bench = _bench.start(__file__, __doc__ or "")
+    bench = _bench.start(__file__, __doc__ or "", devices=("cpu",))
     rounds = speeds(bench.quick)
     figures = {name: median(values) for name, values in rounds.items()}
     found: dict[str, Any] = {"rounds": rounds, "fidelity": fidelity()}

@@ -36,7 +36,7 @@ from espalier.rollouts.episode import environment_seed
 from espalier.rollouts.render import ChatRenderer, Extension, make_renderer
 from espalier.rollouts.runner import env_factory
 from espalier.trainer import tasks as tasklists
-from espalier.trainer.model import load_base, load_tokenizer, lora_config, write_adapter
+from espalier.trainer.model import load_base, load_tokenizer, lora_config, resolve_device, write_adapter
 from espalier.trainer.policy import resolve_base
 from tokenizers import normalizers
 from transformers import TrainerCallback
@@ -304,7 +304,7 @@ def grpo_config(job: Job, config: RunConfig, folder: Path, room: int) -> GRPOCon
     return GRPOConfig(
         output_dir=str(folder),
         seed=config.seed,
-        use_cpu=True,
+        use_cpu=resolve_device(config.policy.device) == "cpu",
         bf16=False,
         max_steps=section.steps,
         per_device_train_batch_size=job.rows,

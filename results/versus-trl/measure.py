@@ -64,6 +64,7 @@ class Plan:
     tasks: int = 200
     sweep_steps: int = 2
     changes: tuple[str, ...] = ()
+    device: str = "cpu"
     settings: Mapping[str, Settings] | None = None
 
     def config(self, *more: str) -> RunConfig:
@@ -77,7 +78,7 @@ class Plan:
             str(self.steps + 1),
         ]
         own += ["--trainer.steps", str(self.steps), "--eval.deadline_s", str(self.cap_s), "--eval.early_stop", "none"]
-        own += ["--eval.tasks", "1", "--eval.every", "0", "--eval.greedy", "false"]
+        own += ["--policy.device", self.device, "--eval.tasks", "1", "--eval.every", "0", "--eval.greedy", "false"]
         return load("spreadsheet-tiny", [*own, *self.changes, *more])
 
 
@@ -209,7 +210,7 @@ def measure(bench: _bench.Bench, plan: Plan, adapters: Sequence[Path | None], ke
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         found = []
-        with open_rollouts(config, plan.base, tasks, work, "cpu") as side:
+        with open_rollouts(config, plan.base, tasks, work) as side:
             for number, folder in enumerate(adapters, 1):
                 place = folder or plan.base
                 version = PolicyVersion(number if folder else 0, folder_digest(place), place, str(plan.base))
@@ -395,11 +396,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         base = resolve_base(own.base)
     except UserError as error:
         raise SystemExit(str(error)) from None
-    plan = Plan(base)
+    plan = Plan(base, device=bench.device)
     if bench.quick:
         small = ("--trainer.groups", "2", "--trainer.group_size", "4", "--env.task_count", "16")
         alone: dict[str, Settings] = {"espalier": SWEEPS["espalier"][0], "trl": {"threads": 1, "rows": 8, "at_once": 8}}
-        plan = Plan(base, seeds=(0,), steps=2, save_every=1, tasks=8, changes=small, settings=alone)
+        plan = replace(plan, seeds=(0,), steps=2, save_every=1, tasks=8, changes=small, settings=alone)
 
     tried: list[dict[str, Any]] = []
     chosen = dict(plan.settings or {})

@@ -62,6 +62,43 @@ def test_a_finished_arm_is_not_measured_again_and_quick_ones_stay_apart(checkout
     assert "measured" in espalier_bench(checkout, "toy", "--quick").stdout
 
 
+def test_the_device_reaches_the_benchmark(checkout):
+    script = checkout / "results" / "toy" / "measure.py"
+    script.write_text("import sys\nprint(sys.argv[1:])\n")
+    assert (
+        espalier_bench(checkout, "toy", "--device", "cuda", "--quick").stdout.strip()
+        == "['--quick', '--device', 'cuda']"
+    )
+    assert espalier_bench(checkout, "toy").stdout.strip() == "[]"
+    wrong = espalier_bench(checkout, "toy", "--device", "tpu")
+    assert wrong.returncode != 0 and "tpu" in wrong.stderr
+
+
+def test_what_ran_on_a_gpu_stands_apart_and_is_kept_apart(checkout, bench, monkeypatch):
+    monkeypatch.setattr(bench, "_has_cuda", lambda: True)
+    script = str(checkout / "results" / "toy" / "measure.py")
+    for device, place in (("cpu", "figures.json"), ("cuda", "cuda/figures.json")):
+        one = bench.start(script, "a toy", ["--device", device])
+        assert one.device == device
+        value = one.arm({"x": 1}, lambda device=device: device)
+        one.finish("c", [0], {"gpu": value == "cuda"}, [])
+        found = json.loads((checkout / "results" / "toy" / place).read_text())
+        assert found["figures"] == {"gpu": int(device == "cuda")}
+        assert found["command"] == "espalier bench toy" + (" --device cuda" if device == "cuda" else "")
+    assert bench.start(script, "a toy", ["--device", "cuda", "--quick"]).folder is None
+
+
+def test_a_device_that_is_not_there_or_has_no_meaning_is_one_sentence(checkout, bench, monkeypatch):
+    script = str(checkout / "results" / "toy" / "measure.py")
+    monkeypatch.setattr(bench, "_has_cuda", lambda: False)
+    with pytest.raises(SystemExit, match="no CUDA device"):
+        bench.start(script, "a toy", ["--device", "cuda"])
+    monkeypatch.setattr(bench, "_has_cuda", lambda: True)
+    with pytest.raises(SystemExit, match="toy runs no model"):
+        bench.start(script, "a toy", ["--device", "cuda"], devices=("cpu",))
+    assert not (checkout / "results" / "toy" / "cuda").exists()
+
+
 def test_a_benchmark_that_fails_fails_the_command(checkout):
     (checkout / "results" / "toy" / "measure.py").write_text("import sys; sys.exit(7)")
     assert espalier_bench(checkout, "toy").returncode == 7
