@@ -1,7 +1,8 @@
 """`espalier bench NAME`: runs `results/NAME/measure.py` of the checkout one stands in.
 
 An editable install counts as standing in the checkout that it was made from. The benchmark runs in a process of its
-own, with `results/` importable (for `_bench`) and nothing of the root folders in the way of the installed package.
+own, with `results/` (for `_bench`) and its own folder importable, and nothing of the root folders in the way of the
+installed package.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def run_bench(name: str, *, json_file: Path | None = None, quick: bool = False, 
     command += ["--json", str(json_file.absolute())] if json_file is not None else []
     command += ["--quick"] if quick else []
     command += ["--device", device] if device is not None else []
-    paths = [str(results), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(results), str(script.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, check=False)
     return 130 if done.returncode < 0 else done.returncode
 

@@ -62,6 +62,13 @@ def test_a_finished_arm_is_not_measured_again_and_quick_ones_stay_apart(checkout
     assert "measured" in espalier_bench(checkout, "toy", "--quick").stdout
 
 
+def test_a_benchmark_imports_the_files_beside_it(checkout):
+    folder = checkout / "results" / "toy"
+    (folder / "beside.py").write_text("WORD = 'found'")
+    (folder / "measure.py").write_text("import _bench\nimport beside\nprint(beside.WORD)\n")
+    assert espalier_bench(checkout, "toy").stdout.strip() == "found"
+
+
 def test_the_device_reaches_the_benchmark(checkout):
     script = checkout / "results" / "toy" / "measure.py"
     script.write_text("import sys\nprint(sys.argv[1:])\n")
