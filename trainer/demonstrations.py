@@ -15,6 +15,7 @@ from ..envs.core import Action, Message
 from ..envs.spreadsheet.env import SpreadsheetEnv
 from ..envs.spreadsheet.expert import FaultModel, faulty_expert
 from ..envs.spreadsheet.families import GeneratedTask, draw_draft
+from ..envs.spreadsheet.families.words import KEYS
 from ..envs.spreadsheet.families.workbook import write_package
 from ..envs.spreadsheet.task import Case
 from ..rollouts.render import ChatRenderer, Fork
@@ -22,10 +23,13 @@ from ..rollouts.render import ChatRenderer, Fork
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """Token ids of one episode; `said[i]` marks tokens of the expert's turns."""
+    """Token ids of one episode; `said[i]` marks tokens of the expert's turns. `quotes`: the expert copied a key of the
+    instruction into a formula.
+    """
 
     tokens: tuple[int, ...]
     said: tuple[bool, ...]
+    quotes: bool = False
 
 
 def sketch_task(seed: int, index: int, family: str) -> GeneratedTask:
@@ -103,4 +107,10 @@ def demonstrate(
                 raise ValueError("the template rewrites history; demonstrations need one that does not")
             tokens += answer.tokens
             mask += [False] * len(answer.tokens)
-    return Demonstration(tuple(tokens), tuple(mask))
+    return Demonstration(tuple(tokens), tuple(mask), any(isinstance(t, Action) and _quotes(t) for t in rest))
+
+
+def _quotes(action: Action) -> bool:
+    """Whether a formula of `action` holds one of the generated tables' keys."""
+    formulas = [str((call.arguments or {}).get("formula_template", "")) for call in action.tool_calls]
+    return any(f'"{key}"' in formula for formula in formulas for keys in KEYS.values() for key in keys)

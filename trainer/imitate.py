@@ -1,8 +1,9 @@
 """Makes the shipped base policy from nothing, by seed: `espalier make-policy`.
 
 Two steps: train the tokenizer on demonstrations; imitate the faulty expert. Hidden matrices are trained by Muon,
-embeddings and norms by AdamW: with AdamW alone, associative recall (header -> column letter) does not form within the
-time, and nothing else helps without it.
+embeddings and norms by AdamW: with AdamW alone, copying by content does not form within the time, and nothing else
+helps without it. It forms sooner where it is needed often, so the first part of the training is rich in demonstrations
+that copy a key of the instruction into a formula.
 
 Always true: the same recipe and number of threads give the same policy on the same machine and torch build.
 """
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +39,7 @@ from .muon import Muon
 from .tokenizer import build_tokenizer
 
 IGNORE = -100
+WINDOW = 8
 TOOLS = ("inspect_range", "find_cells", "write_range", "clear_range", "fill_formula", "submit")
 
 
@@ -51,8 +54,11 @@ class Recipe:
     kv_heads: int = 4
     feed_forward: int = 384
     merges: int = 1024
-    demonstrations: int = 10_000
-    steps: int = 1_500
+    demonstrations: int = 20_000
+    steps: int = 2_400
+    early_steps: int = 800
+    early_quotes: float = 0.8
+    """Share of demonstrations with a copied key in the first `early_steps`."""
     batch: int = 32
     muon_lr: float = 0.02
     adam_lr: float = 1e-3
@@ -146,12 +152,15 @@ def demonstrations(env: SpreadsheetEnv, tokenizer: Path, recipe: Recipe, faults:
         yield demonstrate(env, renderer, task, rng, faults)
 
 
-def teach(learner: Learner, data: list[Demonstration], recipe: Recipe, say: Callable[[str], None]) -> None:
+def teach(learner: Learner, data: Sequence[Demonstration], recipe: Recipe, say: Callable[[str], None]) -> None:
     """Imitation, in epochs. The learning rate rises over 50 steps and falls to zero over the last half."""
-    batches = epochs(data, recipe.batch, recipe.seed)
+    rng = np.random.default_rng(recipe.seed)
+    every, quoting = _endless(data, rng), _endless([d for d in data if d.quotes] or data, rng)
+    early = _batches(_mixed(quoting, every, recipe.early_quotes, rng), recipe.batch, rng)
+    late = _batches(every, recipe.batch, rng)
     for step in range(recipe.steps):
         scale = min(1.0, (step + 1) / 50, 2.0 * (1.0 - step / recipe.steps))
-        loss, accuracy = learner.step(*next(batches), scale)
+        loss, accuracy = learner.step(*next(early if step < recipe.early_steps else late), scale)
         if step % 50 == 0 or step == recipe.steps - 1:
             say(f"imitation: step {step}/{recipe.steps}, loss {loss:.3f}, next token right {accuracy:.3f}")
 
@@ -179,13 +188,34 @@ def continue_imitation(
 def epochs(data: Sequence[Demonstration], batch: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless batches of (tokens, labels), every demonstration once an epoch."""
     rng = np.random.default_rng(seed)
+    return _batches(_endless(data, rng), batch, rng)
+
+
+def _endless(data: Sequence[Demonstration], rng: np.random.Generator) -> Iterator[Demonstration]:
+    """Epochs of `data` without end, each in an order of its own."""
+    while data:
+        for i in rng.permutation(len(data)):
+            yield data[i]
+
+
+def _mixed(
+    first: Iterator[Demonstration], second: Iterator[Demonstration], share: float, rng: np.random.Generator
+) -> Iterator[Demonstration]:
+    """One after another, `share` of them from the first."""
     while True:
-        order = rng.permutation(len(data))
-        for start in range(0, len(data) - batch + 1, batch):
-            yield _padded([data[i] for i in order[start : start + batch]])
+        yield next(first if rng.random() < share else second)
 
 
-def _padded(picked: list[Demonstration]) -> tuple[torch.Tensor, torch.Tensor]:
+def _batches(
+    data: Iterator[Demonstration], batch: int, rng: np.random.Generator
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of like lengths (sorted within a window of `WINDOW` batches, then shuffled): little is padding."""
+    while window := sorted(islice(data, WINDOW * batch), key=lambda d: len(d.tokens)):
+        for i in rng.permutation(range(0, len(window), batch)):
+            yield _padded(window[i : i + batch])
+
+
+def _padded(picked: Sequence[Demonstration]) -> tuple[torch.Tensor, torch.Tensor]:
     longest = max(len(d.tokens) for d in picked)
     tokens = torch.zeros((len(picked), longest), dtype=torch.int64)
     labels = torch.full((len(picked), longest), IGNORE)

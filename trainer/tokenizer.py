@@ -52,7 +52,7 @@ _TOOLS_FOOTER = (
 
 def scaffolds(tools: Sequence[Mapping[str, Any]]) -> list[str]:
     """Fixed texts worth one token each: template parts, each tool's schema line, and the JSON around call arguments."""
-    found = [_TOOLS_HEADER, _TOOLS_FOOTER, "user\n", "assistant\n", "\n\n", "\nAnswer: ", "\nSheets: "]
+    found = [_TOOLS_HEADER, _TOOLS_FOOTER, "user", "assistant\n", "\n\n", "\nAnswer: ", "\nSheets: "]
     found += ['"}}\n', "}}\n", "]}}\n", '"]}}\n', '"]]}}\n', "]]}}\n", '\\"', " ... ("]
     for tool in tools:
         function = tool["function"]

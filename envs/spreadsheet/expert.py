@@ -47,16 +47,16 @@ class FaultModel:
     weights: Mapping[str, float] = field(
         default_factory=lambda: MappingProxyType(
             {
-                "total": 0.20,
-                "stat": 0.18,
-                "conditional": 0.17,
-                "row_formula": 0.15,
+                "conditional": 0.22,
+                "total": 0.16,
+                "stat": 0.15,
+                "row_formula": 0.12,
                 "flag": 0.09,
                 "share": 0.08,
                 "lookup": 0.07,
-                "summary": 0.03,
-                "multi_key": 0.02,
-                "repair": 0.01,
+                "multi_key": 0.05,
+                "summary": 0.04,
+                "repair": 0.02,
             }
         )
     )
