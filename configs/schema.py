@@ -200,7 +200,7 @@ class TrainerSection(Section):
     drop_no_signal: bool = True
     """Drop groups whose rewards are all equal, and refill."""
     max_refills: NonNegativeInt = 2
-    """Rounds of refilling a batch; after that the step trains on what there is."""
+    """Groups that a dropped one may be replaced by, one after another; then the step trains on what there is."""
     threads: PositiveInt = 2
     """CPU threads of the trainer."""
 

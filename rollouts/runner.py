@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from ..configs.schema import EnvSection, EpisodeSection
 from ..envs.core import AgentEnv, EnvFailure, Task
@@ -29,6 +29,7 @@ RETRIES = 4
 FIRST_PAUSE_SECONDS = 0.05
 
 Outcome = Trajectory | Failure
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +85,14 @@ class RolloutRunner:
         env_id: str = "",
         system_prompt: str = "",
     ) -> None:
-        """`concurrency` episodes run at once, in environments of `pool`, which `close` closes."""
+        """`concurrency` episodes run at once, whoever asks for them, in environments of `pool`; `close` closes it."""
         self.sampler = sampler
         self.renderer = renderer
         self.episode = episode
         self.counts = RunnerCounts()
         self.run = run
         self._seed = seed
-        self._concurrency = concurrency
+        self._places = asyncio.Semaphore(concurrency)
         self._store = store
         self._env_id = env_id
         self._system_prompt = system_prompt
@@ -118,28 +119,20 @@ class RolloutRunner:
             raise ValueError("two groups have the same id")
         done: list[list[Outcome | None]] = [[None] * spec.size for spec in specs]
         groups: list[Group | None] = [_group(spec, []) if spec.size == 0 else None for spec in specs]
-        todo = iter([(g, i) for g, spec in enumerate(specs) for i in range(spec.size)])
 
-        async def work() -> None:
-            for g, i in todo:  # shared by all workers: each pair is handed out once
-                spec = specs[g]
+        async def play(g: int, i: int) -> None:
+            spec = specs[g]
+            async with self._places:
                 done[g][i] = await self._episode(spec, i, params, version, on_overflow)
-                outcomes = [o for o in done[g] if o is not None]
-                if len(outcomes) == spec.size:
-                    group = groups[g] = _group(spec, outcomes)
-                    if record and self._store is not None:
-                        await asyncio.to_thread(self._store.append, group)
-                    if on_group is not None:
-                        on_group(group)
+            outcomes = [o for o in done[g] if o is not None]
+            if len(outcomes) == spec.size:
+                group = groups[g] = _group(spec, outcomes)
+                if record and self._store is not None:
+                    await asyncio.to_thread(self._store.append, group)
+                if on_group is not None:
+                    on_group(group)
 
-        total = sum(spec.size for spec in specs)
-        workers = [asyncio.create_task(work()) for _ in range(min(self._concurrency, total))]
-        try:
-            await asyncio.gather(*workers)
-        finally:
-            for worker in workers:
-                worker.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
+        await together(play(g, i) for g, spec in enumerate(specs) for i in range(spec.size))
         return [g for g in groups if g is not None]
 
     async def close(self) -> None:
@@ -261,6 +254,19 @@ class RolloutRunner:
                 await self.sampler.end_session(session)
         except (SamplerError, TimeoutError):
             self.counts.retries += 1
+
+
+async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of all, which run at once. When one raises, or this is cancelled, the others are cancelled and ended
+    before it is passed on.
+    """
+    tasks = [asyncio.create_task(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _failed(episode: Episode, kind: FailureKind, message: str, retryable: bool = False) -> Outcome:

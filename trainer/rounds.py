@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 from ..configs.schema import RunConfig
 from ..envs.core import Task
 from ..rollouts.envpool import EnvPool
-from ..rollouts.runner import GroupSpec, RolloutRunner
+from ..rollouts.runner import GroupSpec, RolloutRunner, together
 from ..rollouts.samplers.base import Sampler, SamplingParams
 from ..rollouts.store import TrajectoryStore
 from ..rollouts.types import Group, PolicyVersion, Trajectory
@@ -62,14 +62,27 @@ class RolloutSide:
 
     def groups(self, specs: Sequence[GroupSpec], version: int) -> list[Group]:
         """The groups of `specs`: those that are stored already, the rest (and those that failed whole) sampled now."""
-        stored = ((spec.id, self.store.group(spec.id)) for spec in specs)
-        found = {name: group for name, group in stored if group is not None and group.trajectories}
-        todo = [spec for spec in specs if spec.id not in found]
-        if todo:
-            work = self._runner.run_groups(todo, self._params, version)
-            sampled = self._loop.call(work, self._deadline(sum(spec.size for spec in todo)))
-            found |= {group.id: group for group in sampled}
-        return [found[spec.id] for spec in specs]
+        return [group for chain in self.chains([[spec] for spec in specs], version, _anything) for group in chain]
+
+    def chains(
+        self, chains: Sequence[Sequence[GroupSpec]], version: int, enough: Callable[[Group], bool]
+    ) -> list[list[Group]]:
+        """Of each chain the groups up to the first that is `enough`, taken or sampled like `groups`; all chains at
+        once, so that no slot of the sampler waits for the slowest episode of a round.
+        """
+        work = together(self._chain(chain, version, enough) for chain in chains)
+        return self._loop.call(work, self._deadline(sum(spec.size for chain in chains for spec in chain)))
+
+    async def _chain(self, chain: Sequence[GroupSpec], version: int, enough: Callable[[Group], bool]) -> list[Group]:
+        groups: list[Group] = []
+        for spec in chain:
+            found = self.store.group(spec.id)
+            if found is None or not found.trajectories:
+                (found,) = await self._runner.run_groups([spec], self._params, version)
+            groups.append(found)
+            if enough(found):
+                break
+        return groups
 
     def evaluate(self, tasks: Sequence[Task], version: int, step: int, greedy: bool) -> EvalResult:
         """Measure `version`, which must be published."""
@@ -129,25 +142,24 @@ class SyncSource:
         return make_batch(self._config, step, groups, time.perf_counter() - began)
 
     def sample(self, step: int) -> list[Group]:
-        """All groups of `step`, those without signal and what refilled them included."""
+        """All groups of `step`, those without signal and what refilled them included.
+
+        Each place of the batch has its own chain of tasks, drawn beforehand: what refills it does not depend on what
+        ends first.
+        """
         section, progress = self._config.trainer, self._progress
         stats = progress.task_stats if self._config.env.draw == "difficulty" else None
-        groups: list[Group] = []
-        taken: set[str] = set()
-        for round in range(section.max_refills + 1):
-            missing = section.groups - sum(usable(group, section.drop_no_signal) for group in groups)
-            if missing <= 0:
-                break
-            drawn = tasklists.draw(
-                self._tasks, missing, seed=self._config.seed, step=step, round=round, stats=stats, taken=taken
-            )
-            taken |= {task.id for task in drawn}
-            specs = [
-                GroupSpec(f"{self._config.name}/{step}/{len(groups) + i}", task, section.group_size)
-                for i, task in enumerate(drawn)
+        places, length = section.groups, 1 + section.max_refills
+        drawn = tasklists.draw(self._tasks, places * length, seed=self._config.seed, step=step, stats=stats)
+        chains = [
+            [
+                GroupSpec(f"{self._config.name}/{step}/{place + places * turn}", task, section.group_size)
+                for turn, task in enumerate(drawn[place::places])
             ]
-            groups += self._side.groups(specs, progress.version)
-        return groups
+            for place in range(places)
+        ]
+        found = self._side.chains(chains, progress.version, lambda group: usable(group, section.drop_no_signal))
+        return [group for chain in found for group in chain]
 
     def _learn_difficulty(self, groups: Sequence[Group]) -> None:
         for group in groups:
@@ -184,6 +196,10 @@ def _refuse_total_failure(step: int, groups: Sequence[Group]) -> None:
             f"step {step}: all {len(failures)} episodes failed ({kinds}); the first said: {failures[0].message}; "
             "mend that and continue with --resume"
         )
+
+
+def _anything(_: Group) -> bool:
+    return True
 
 
 def usable(group: Group, needs_signal: bool) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from ..configs.schema import EnvSection
@@ -45,26 +45,22 @@ def draw(
     *,
     seed: int,
     step: int,
-    round: int = 0,
     stats: Mapping[str, Sequence[float]] | None = None,
-    taken: Collection[str] = (),
 ) -> list[Task]:
-    """`count` tasks for a round of a step, each at most once while there are enough, none of `taken` while there are
-    others.
+    """`count` tasks for a step, each at most once while there are enough.
 
     With `stats` (task id to [episodes, sum of rewards]) a task's weight is p(1-p) + FLOOR, p its mean reward with one
     success and one miss assumed beforehand; drawn without replacement by the Gumbel trick (arXiv 1903.06059). Without,
     all weigh the same.
     """
-    generator = random.Random(f"{seed}/{step}/{round}")
-    pool = [task for task in tasks if task.id not in taken] or list(tasks)
+    generator = random.Random(f"{seed}/{step}")
     drawn: list[Task] = []
     while len(drawn) < count:
         scored = [
-            (_log_weight(task, stats) - math.log(-math.log(_open_unit(generator))), i) for i, task in enumerate(pool)
+            (_log_weight(task, stats) - math.log(-math.log(_open_unit(generator))), i) for i, task in enumerate(tasks)
         ]
         scored.sort(reverse=True)
-        drawn += [pool[i] for _, i in scored[: count - len(drawn)]]
+        drawn += [tasks[i] for _, i in scored[: count - len(drawn)]]
     return drawn
 
 

@@ -10,7 +10,7 @@ from espalier.configs.schema import EnvSection
 from espalier.envs.core import EnvFailure
 from espalier.rollouts.envpool import ThreadEnvPool
 from espalier.rollouts.episode import episode_key
-from espalier.rollouts.runner import GroupSpec, RolloutRunner, env_factory
+from espalier.rollouts.runner import GroupSpec, RolloutRunner, env_factory, together
 from espalier.rollouts.samplers.base import SamplingParams
 from espalier.rollouts.samplers.scripted import Fail, Hang, Say, ScriptedSampler, Wait, say
 from espalier.rollouts.store import TrajectoryStore
@@ -353,3 +353,36 @@ def test_environments_are_made_from_the_configuration():
     env.close()
     with pytest.raises(ValueError, match=r"env\.id"):
         env_factory(EnvSection(id="espalier/Nothing-v0"))
+
+
+async def test_together_ends_the_others_before_it_raises():
+    ended = []
+
+    async def patient(name):
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append(name)
+
+    async def failing():
+        await asyncio.sleep(0)
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        await together([patient("a"), failing(), patient("b")])
+    assert sorted(ended) == ["a", "b"]
+    assert await together(asyncio.sleep(0, i) for i in range(3)) == [0, 1, 2]
+
+
+async def test_the_bound_holds_across_callers(plain):
+    running = []
+
+    def make():
+        running.append(1)
+        return adding.Adder()
+
+    async with Setting(plain, solve(plain), make, concurrency=3) as s:
+        calls = [s.runner.run_groups([GroupSpec(f"g{i}", adding.task(7), 4)], T1, 0) for i in range(4)]
+        groups = [group for (group,) in await together(calls)]
+        assert all(len(group.trajectories) == 4 for group in groups) and len(running) <= 3
+        s.nothing_is_left()

@@ -12,20 +12,19 @@ from espalier.trainer.rounds import SyncSource
 class DeadSide:
     """A rollout side whose sampler has died."""
 
-    def groups(self, specs, version):
-        return [
-            Group(
-                spec.id, spec.task.id, (), (Failure("x", spec.id, spec.task.id, FailureKind.SAMPLER, "engine died."),)
-            )
-            for spec in specs
-        ]
+    def chains(self, chains, version, enough):
+        return [[self.group(spec) for spec in chain] for chain in chains]
+
+    def group(self, spec):
+        failure = Failure("x", spec.id, spec.task.id, FailureKind.SAMPLER, "engine died.")
+        return Group(spec.id, spec.task.id, (), (failure,))
 
 
 class IdleSide(DeadSide):
     """Control: nothing failed, there is just nothing to train on."""
 
-    def groups(self, specs, version):
-        return [Group(spec.id, spec.task.id, ()) for spec in specs]
+    def group(self, spec):
+        return Group(spec.id, spec.task.id, ())
 
 
 def source(side):
@@ -38,3 +37,26 @@ def test_a_step_in_which_every_episode_fails_ends_the_run_with_the_reason():
     ):
         source(DeadSide()).next(1)
     assert source(IdleSide()).next(1) is not None
+
+
+class ChainsSeen(IdleSide):
+    """Notes the chains it is asked for."""
+
+    def chains(self, chains, version, enough):
+        self.seen = chains
+        return super().chains(chains, version, enough)
+
+
+def test_each_place_of_a_batch_has_its_own_replacements_drawn_beforehand():
+    side, again = ChainsSeen(), ChainsSeen()
+    source(side).sample(3)
+    source(again).sample(3)
+    assert side.seen == again.seen, "what ends first decides nothing"
+    config = RunConfig().trainer
+    assert [len(chain) for chain in side.seen] == [1 + config.max_refills] * config.groups
+    specs = [spec for chain in side.seen for spec in chain]
+    assert len({spec.id for spec in specs}) == len(specs)
+    assert {spec.id for chain in side.seen for spec in chain[:1]} == {f"run/3/{i}" for i in range(config.groups)}
+    other = ChainsSeen()
+    source(other).sample(4)
+    assert [c[0].task for c in other.seen] != [c[0].task for c in side.seen]

@@ -101,8 +101,8 @@ def draw_subject(rng: random.Random, split: Split, asked: Sequence[str], beside:
     asks for.
     """
     pairs = [(a, b) for a in asked for b in beside if a != b and subject_split(a, b) == split]
-    new = [pair for pair in pairs if words.UNASKED & set(pair)]
-    known = [pair for pair in pairs if not words.UNASKED & set(pair)]
+    new = [pair for pair in pairs if pair[0] in words.UNASKED]
+    known = [pair for pair in pairs if pair[0] not in words.UNASKED]
     return rng.choice(new if new and (not known or rng.random() < UNASKED_CHANCE) else known)
 
 

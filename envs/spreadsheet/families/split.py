@@ -5,7 +5,8 @@ else (no seed), so no seed can move a task from one side to the other. Reserved 
 
 * layouts: (header row, first column, data rows), one in four, and every table with more than 12 data rows;
 * wordings: (frame, phrase), one in four;
-* subjects: (column asked for, its neighbour in the question), one in four, and every subject with a word of `UNASKED`.
+* subjects: (column asked for, its neighbour in the question), one in four, and every subject that asks for a word of
+  `UNASKED`.
 
 A training task uses nothing that is reserved. A held-out task has a reserved layout AND a reserved wording, and a
 reserved subject where its family has one. Since a layout fixes which cells are used and a wording fixes the instruction
@@ -43,4 +44,4 @@ def wording_split(frame: str, phrase: str) -> Split:
 
 def subject_split(asked: str, beside: str) -> Split:
     """The side a subject belongs to: the column asked for and the word the question sets beside it."""
-    return "test" if UNASKED & {asked, beside} or reserved("subject", asked, beside) else "train"
+    return "test" if asked in UNASKED or reserved("subject", asked, beside) else "train"

@@ -38,7 +38,7 @@ RELATED = MappingProxyType(
 NUMBERS = tuple(RELATED)
 
 UNASKED = frozenset({"Weight", "Volume", "Visits", "Calls"})
-"""Headers that training tasks only show beside the column asked for; held-out tasks also ask for them."""
+"""Headers that training tasks show, and name beside the column asked for; only held-out tasks ask for them."""
 
 KEYS = MappingProxyType(
     {

@@ -418,6 +418,14 @@ async def test_control_sharing_keys_and_values_between_versions_is_caught(base, 
     assert mixed.logprobs != alone.logprobs
 
 
+async def test_loading_a_version_starts_no_team_of_threads(base: Path, adapter: Path) -> None:
+    """OpenMP teams beyond the cores make every wait in the process, the trainer's too, a sleep."""
+    mine = torch.get_num_threads()
+    async with running(base, version(0, base, base), version(1, adapter, base)) as sampler:
+        assert sampler._loader.submit(torch.get_num_threads).result() == 1
+    assert torch.get_num_threads() == mine
+
+
 async def test_retire_waits_for_the_last_lease(base: Path, adapter: Path) -> None:
     async with running(base, version(0, base, base), version(1, adapter, base)) as sampler:
         with sampler.lease(0):
