@@ -46,7 +46,10 @@ SourceMaker = Callable[[RunConfig, RolloutSide, Sequence[Task], Progress], Batch
 
 
 class RunResult(TypedDict):
-    """What a run came to. `before` and `after`: pass@1 by mode ("sampled", "greedy"), empty without an environment."""
+    """What a run came to. `before` and `after`: pass@1 by mode ("sampled", "greedy"), empty without an environment.
+
+    `peak_gb`: see the function of that name.
+    """
 
     run: str
     steps: int
@@ -106,7 +109,19 @@ def train_claimed(
         run = Run(config, folder, base, progress, recorder)
         source = stack.enter_context(_source(run, from_trajectories, make_source))
         run.build(source, checkpoint)
-        return run.carry_out(time.monotonic() - began)
+        result = run.carry_out(time.monotonic() - began)
+    result["peak_gb"] = peak_gb(config.env.processes)
+    return result
+
+
+def peak_gb(processes: int) -> float:
+    """Gigabytes that this process and `processes` others which it started, and which have ended, held at most.
+
+    An upper bound: as if all had been largest at once, and each as large as the largest.
+    """
+    unit = 1 if sys.platform == "darwin" else 1024
+    own, largest = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return (own + processes * largest) * unit / 1e9
 
 
 def collect(config: RunConfig, *, episodes: int | None = None, on_event: Listener | None = None) -> dict[str, Any]:
@@ -239,7 +254,6 @@ class Run:
             self._serve(chosen)
         after = self._measure("evaluating the result", self.config.eval.tasks, chosen)
         self.recorder.emit("phase", phase="done")
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return RunResult(
             run=str(self.folder),
             steps=self.progress.step,
@@ -250,7 +264,7 @@ class Run:
             after=after,
             seconds=startup + time.monotonic() - began,
             seconds_training=self.progress.seconds,
-            peak_gb=peak / 1e9,
+            peak_gb=0.0,  # known once the environments' processes have ended
         )
 
     # ---- after every batch

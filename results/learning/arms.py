@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import random
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -177,6 +175,8 @@ def final(config: RunConfig, policy: str) -> dict[str, Any]:
 
 def carry_out(arm: str, seed: int, out: Path, overrides: Sequence[str], more: dict[str, Any]) -> dict[str, Any]:
     """One arm, from a clean folder; called in a fresh process."""
+    from espalier.trainer.loop import peak_gb
+
     config = configuration(arm, seed, out, overrides)
     shutil.rmtree(config.out / config.name, ignore_errors=True)
     arms: dict[str, Callable[..., dict[str, Any]]] = {
@@ -188,5 +188,5 @@ def carry_out(arm: str, seed: int, out: Path, overrides: Sequence[str], more: di
     }
     began = time.monotonic()
     found = arms[arm](config, **more)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"arm": arm, "seed": seed, **found, "minutes": (time.monotonic() - began) / 60, "peak_gb": peak / 1e9}
+    minutes = (time.monotonic() - began) / 60
+    return {"arm": arm, "seed": seed, **found, "minutes": minutes, "peak_gb": peak_gb(config.env.processes)}
