@@ -104,12 +104,20 @@ def micro_batches(rows: Sequence[Row], size: int, by_group: bool = False) -> lis
 
 
 def minibatches(rows: Sequence[Row], count: int, seed: int) -> list[list[Row]]:
-    """`rows` dealt into `count` optimizer updates of nearly equal size, shuffled by `seed`. Empty ones are left out."""
+    """`rows` dealt into at most `count` optimizer updates, whole groups in an order shuffled by `seed`, each to the
+    update that has fewest rows so far: a group's rows balance each other and share their prompt.
+    """
     if count == 1:
         return [list(rows)] if rows else []
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.group, []).append(row)
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(rows), generator=generator).tolist()
-    return [part for i in range(count) if (part := [rows[j] for j in order[i::count]])]
+    dealt = list(groups.values())
+    parts: list[list[Row]] = [[] for _ in range(min(count, len(dealt)))]
+    for i in torch.randperm(len(dealt), generator=generator).tolist():
+        min(parts, key=len).extend(dealt[i])
+    return parts
 
 
 def collate(rows: Sequence[Row], pad: int, device: torch.device) -> dict[str, torch.Tensor]:

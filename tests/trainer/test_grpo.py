@@ -409,13 +409,18 @@ def test_micro_batches_are_of_similar_length(make_rows):
     assert micro_batches(list(reversed(rows)), 8) == cut, "the order of arrival does not matter"
 
 
-def test_minibatches_keep_every_row_once(make_rows):
-    rows = make_rows(10)
+def test_minibatches_keep_every_row_once_and_groups_whole(make_rows):
+    rows = make_rows(42)
     parts = minibatches(rows, 3, seed=5)
     assert sorted(r.trajectory for p in parts for r in p) == sorted(r.trajectory for r in rows)
+    assert all(
+        len({i for i, p in enumerate(parts) if any(r.group == g for r in p)}) == 1 for g in {r.group for r in rows}
+    )
+    assert max(map(len, parts)) - min(map(len, parts)) <= 4
     assert parts == minibatches(rows, 3, seed=5)
     assert parts != minibatches(rows, 3, seed=6)
-    assert len(minibatches(rows[:2], 3, seed=5)) == 2
+    assert len(minibatches(rows[:8], 3, seed=5)) == 2, "no more updates than groups"
+    assert minibatches([], 3, seed=5) == minibatches([], 1, seed=5) == []
 
 
 def test_a_shared_prompt_runs_once_and_changes_nothing(base, make_rows, tmp_path, monkeypatch):
