@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,6 @@ from ..envs.core import Action, Message
 from ..envs.spreadsheet.env import SpreadsheetEnv
 from ..envs.spreadsheet.expert import FaultModel, faulty_expert
 from ..envs.spreadsheet.families import GeneratedTask, draw_draft
-from ..envs.spreadsheet.families.words import KEYS
 from ..envs.spreadsheet.families.workbook import write_package
 from ..envs.spreadsheet.task import Case
 from ..rollouts.render import ChatRenderer, Fork
@@ -23,13 +23,13 @@ from ..rollouts.render import ChatRenderer, Fork
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """Token ids of one episode; `said[i]` marks tokens of the expert's turns. `quotes`: the expert copied a key of the
-    instruction into a formula.
+    """Token ids of one episode; `said[i]` marks tokens of the expert's turns. `copies`: the expert copied a word of the
+    instruction (a key, a verdict, a header to write) into a cell or a formula.
     """
 
     tokens: tuple[int, ...]
     said: tuple[bool, ...]
-    quotes: bool = False
+    copies: bool = False
 
 
 def sketch_task(seed: int, index: int, family: str) -> GeneratedTask:
@@ -107,10 +107,15 @@ def demonstrate(
                 raise ValueError("the template rewrites history; demonstrations need one that does not")
             tokens += answer.tokens
             mask += [False] * len(answer.tokens)
-    return Demonstration(tuple(tokens), tuple(mask), any(isinstance(t, Action) and _quotes(t) for t in rest))
+    return Demonstration(
+        tuple(tokens), tuple(mask), any(isinstance(t, Action) and _copies(t, task.instruction) for t in rest)
+    )
 
 
-def _quotes(action: Action) -> bool:
-    """Whether a formula of `action` holds one of the generated tables' keys."""
-    formulas = [str((call.arguments or {}).get("formula_template", "")) for call in action.tool_calls]
-    return any(f'"{key}"' in formula for formula in formulas for keys in KEYS.values() for key in keys)
+def _copies(action: Action, instruction: str) -> bool:
+    """Whether `action` writes a capitalised word of the instruction, as a cell's content or in quotes in a formula."""
+    words = set(re.findall(r"[A-Z][a-z]+", instruction))
+    given = [value for call in action.tool_calls for value in (call.arguments or {}).values() if isinstance(value, str)]
+    written = {word for value in given for word in re.findall('"([A-Z][a-z]+)"', value)}
+    labels = {str(call.arguments["data"]) for call in action.tool_calls if call.arguments and "data" in call.arguments}
+    return bool(words & (written | labels))

@@ -3,7 +3,7 @@
 Two steps: train the tokenizer on demonstrations; imitate the faulty expert. Hidden matrices are trained by Muon,
 embeddings and norms by AdamW: with AdamW alone, copying by content does not form within the time, and nothing else
 helps without it. It forms sooner where it is needed often, so the first part of the training is rich in demonstrations
-that copy a key of the instruction into a formula.
+that copy a word of the instruction into a cell or a formula.
 
 Always true: the same recipe and number of threads give the same policy on the same machine and torch build.
 """
@@ -54,11 +54,11 @@ class Recipe:
     kv_heads: int = 4
     feed_forward: int = 384
     merges: int = 1024
-    demonstrations: int = 20_000
+    demonstrations: int = 24_000
     steps: int = 2_400
     early_steps: int = 800
-    early_quotes: float = 0.8
-    """Share of demonstrations with a copied key in the first `early_steps`."""
+    early_copies: float = 0.8
+    """Share of demonstrations that copy a word, in the first `early_steps`."""
     batch: int = 32
     muon_lr: float = 0.02
     adam_lr: float = 1e-3
@@ -155,8 +155,8 @@ def demonstrations(env: SpreadsheetEnv, tokenizer: Path, recipe: Recipe, faults:
 def teach(learner: Learner, data: Sequence[Demonstration], recipe: Recipe, say: Callable[[str], None]) -> None:
     """Imitation, in epochs. The learning rate rises over 50 steps and falls to zero over the last half."""
     rng = np.random.default_rng(recipe.seed)
-    every, quoting = _endless(data, rng), _endless([d for d in data if d.quotes] or data, rng)
-    early = _batches(_mixed(quoting, every, recipe.early_quotes, rng), recipe.batch, rng)
+    every, copying = _endless(data, rng), _endless([d for d in data if d.copies] or data, rng)
+    early = _batches(_mixed(copying, every, recipe.early_copies, rng), recipe.batch, rng)
     late = _batches(every, recipe.batch, rng)
     for step in range(recipe.steps):
         scale = min(1.0, (step + 1) / 50, 2.0 * (1.0 - step / recipe.steps))

@@ -47,10 +47,10 @@ class FaultModel:
     weights: Mapping[str, float] = field(
         default_factory=lambda: MappingProxyType(
             {
-                "conditional": 0.22,
-                "total": 0.16,
-                "stat": 0.15,
-                "row_formula": 0.12,
+                "conditional": 0.21,
+                "row_formula": 0.17,
+                "total": 0.14,
+                "stat": 0.13,
                 "flag": 0.09,
                 "share": 0.08,
                 "lookup": 0.07,

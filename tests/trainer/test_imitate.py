@@ -65,13 +65,13 @@ def test_a_demonstration_is_an_episode_of_exact_tokens(policy, family):
 
 
 @pytest.mark.parametrize(
-    ("family", "quotes"), [("total", False), ("flag", False), ("conditional", True), ("multi_key", True)]
+    ("family", "copies"), [("total", False), ("lookup", False), ("conditional", True), ("flag", True)]
 )
-def test_demonstrations_that_copy_a_key_are_known(policy, family, quotes):
+def test_demonstrations_that_copy_a_word_are_known(policy, family, copies):
     env = SpreadsheetEnv([sketch_task(0, 0, "total")], tools=TOOLS, terse=True)
     renderer = make_renderer(policy, thinking=False)
     shown = demonstrate(env, renderer, sketch_task(3, 2, family), random.Random(0), FaultModel(**no_faults()))
-    assert shown.quotes is quotes
+    assert shown.copies is copies
 
 
 def no_faults():
