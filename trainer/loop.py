@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from .grpo import OnlineGRPOTrainer
 
 Listener = Callable[[Row], None]
-MakeSource = Callable[[RunConfig, RolloutSide, Sequence[Task], Progress], BatchSource]
-"""A schedule: how batches are made from configuration, rollout side, training tasks and what has been done."""
 SourceMaker = Callable[[RunConfig, RolloutSide, Sequence[Task], Progress], BatchSource]
 """Makes the source of a run's batches out of the configuration, the rollout side, the training tasks, the progress."""
 

@@ -94,7 +94,11 @@ class TorchSampler:
                 self._latest = version.number
                 self._retiring.discard(version.number)
                 return
-        served = await asyncio.get_running_loop().run_in_executor(self._loader, self._load, version)
+        try:
+            loading = asyncio.get_running_loop().run_in_executor(self._loader, self._load, version)
+        except RuntimeError:
+            raise SamplerError("the sampler was closed; start another to go on.") from None
+        served = await loading
         with self._lock:
             self._check_number(version)
             self._make_room(version.number)

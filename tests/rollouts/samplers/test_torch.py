@@ -426,6 +426,13 @@ async def test_loading_a_version_starts_no_team_of_threads(base: Path, adapter: 
     assert torch.get_num_threads() == mine
 
 
+async def test_a_closed_sampler_takes_no_version(base: Path) -> None:
+    sampler = TorchSampler(base, slots=1, threads=1)
+    await sampler.close()
+    with pytest.raises(SamplerError, match="was closed"):
+        await sampler.publish(version(0, base, base))
+
+
 async def test_retire_waits_for_the_last_lease(base: Path, adapter: Path) -> None:
     async with running(base, version(0, base, base), version(1, adapter, base)) as sampler:
         with sampler.lease(0):
