@@ -21,6 +21,7 @@ from espalier.envs.core import Action, EnvFailure, ToolCall, capabilities
 from espalier.envs.spreadsheet.cache import BookCache
 from espalier.envs.spreadsheet.engines import get_engine
 from espalier.envs.spreadsheet.env import TOOLS, SpreadsheetEnv
+from espalier.envs.spreadsheet.grading import Grader, Verdict
 from espalier.envs.spreadsheet.scoring import Scorer
 from espalier.envs.spreadsheet.task import Case, SpreadsheetTask
 
@@ -428,6 +429,42 @@ def test_terse_tools_are_short_and_offer_the_same_names(drive) -> None:
     assert [s["function"]["name"] for s in schemas] == ["inspect_range", "write_range", "fill_formula", "submit"]
     assert "description" not in json.dumps(schemas) and "path" not in json.dumps(schemas)
     assert json.loads(call("list_sheets"))["error"]["code"] == "unknown_tool"
+
+
+def test_the_same_edits_of_a_task_are_graded_once_and_others_are_not_taken_for_them(task, drive, monkeypatch) -> None:
+    graded: list[int] = []
+    grade = Grader.grade
+
+    def counted(self: Grader, *arguments: Any, **more: Any) -> Any:
+        graded.append(1)
+        return grade(self, *arguments, **more)
+
+    monkeypatch.setattr(Grader, "grade", counted)
+    fresh = dataclasses.replace(task, id="graded-once")
+    call = drive()
+
+    def again(formula: str, on: SpreadsheetTask) -> tuple[float, Any, int]:
+        call.env.reset(options={"task": on})
+        before = len(graded)
+        _, reward, _, _, info = solve(call, formula)
+        return reward, info["cases"], len(graded) - before
+
+    assert again("=SUM(C4:C6)", fresh) == (1.0, (True, True), 2)
+    assert again("=SUM(C4:C6)", fresh) == (1.0, (True, True), 0)
+    assert again("=SUM(C4:C5)", fresh) == (0.0, (False, False), 2)
+    wrong = dataclasses.replace(fresh.cases[1], golden={("Data", 8, 3): 8.0})
+    other = dataclasses.replace(fresh, cases=(fresh.cases[0], wrong))
+    assert again("=SUM(C4:C6)", other) == (0.0, (True, False), 2), "the answers are part of what a score belongs to"
+
+
+def test_no_verdict_is_never_remembered(drive, monkeypatch) -> None:
+    call = drive()
+    shared = call.env._scorer._shared
+    kept: list[object] = []
+    monkeypatch.setattr(shared, "keep", lambda key, score: kept.append(score))
+    monkeypatch.setattr(Grader, "grade", lambda *_, **__: Verdict(None, 0, 1, {}, (("Data", 8, 3),)))
+    _, reward, _, _, info = solve(call, "=SUM(C4:C6)+0*1234")
+    assert reward != reward and info["ungraded"] and not kept
 
 
 def test_a_scorer_that_forgot_the_perturbed_cases_would_be_seen(drive) -> None:
