@@ -68,7 +68,9 @@ class Plan:
     settings: Mapping[str, Settings] | None = None
 
     def config(self, *more: str) -> RunConfig:
-        """The tiny run, without evaluations of its own, keeping every version."""
+        """The tiny run, without evaluations of its own, keeping every version, and without what the two would do
+        differently: drawing by difficulty, several updates a batch, a schedule that hangs on how many steps are done.
+        """
         own = [
             "--policy.base",
             str(self.base),
