@@ -81,6 +81,7 @@ class Plan:
         ]
         own += ["--trainer.steps", str(self.steps), "--eval.deadline_s", str(self.cap_s), "--eval.early_stop", "none"]
         own += ["--policy.device", self.device, "--eval.tasks", "1", "--eval.every", "0", "--eval.greedy", "false"]
+        own += ["--env.draw", "uniform", "--trainer.minibatches", "1", "--trainer.lr_schedule", "constant"]
         return load("spreadsheet-tiny", [*own, *self.changes, *more])
 
 
