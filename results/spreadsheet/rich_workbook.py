@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import openpyxl
 from openpyxl.chart import BarChart, Reference
@@ -13,8 +15,10 @@ from openpyxl.workbook.defined_name import DefinedName
 from openpyxl.worksheet.datavalidation import DataValidation
 
 
-def rich_workbook() -> bytes:
-    """The package: 7 rows with formulas, bold and filled heading, formats, width, freeze, rule, chart, merge, ..."""
+def rich_workbook(other: Mapping[str, str] = MappingProxyType({})) -> bytes:
+    """The package: sheet "Data" has 7 rows with formulas, bold and filled heading, formats, width, freeze, rule, chart,
+    merge, validation, comment and a name; where `other` has cells, there is a sheet "Other" with them.
+    """
     book = openpyxl.Workbook()
     sheet = book.active
     sheet.title = "Data"
@@ -37,15 +41,19 @@ def rich_workbook() -> bytes:
     sheet.add_data_validation(validation)
     sheet["B1"].comment = Comment("hello", "me")
     book.defined_names["Totals"] = DefinedName("Totals", attr_text="Data!$D$2:$D$7")
+    if other:
+        page = book.create_sheet("Other")
+        for at, content in other.items():
+            page[at] = content
     out = io.BytesIO()
     book.save(out)
     return out.getvalue()
 
 
-def kept(package: bytes) -> dict[str, bool]:
-    """Which features of `rich_workbook` are left."""
+def kept(package: bytes, title: str = "Data") -> dict[str, bool]:
+    """Which features of `rich_workbook` are left, with its sheet now called `title`."""
     book = openpyxl.load_workbook(io.BytesIO(package))
-    sheet = book["Data"]
+    sheet = book[title]
     validations = sheet.data_validations.dataValidation
     return {
         "bold": bool(sheet["A1"].font.b),
