@@ -93,7 +93,11 @@ class EnvSection(Section):
     """Processes that the environments run in, so that their work and the sampler's do not wait for one interpreter
     lock; 0: threads of the sampler's own process."""
     draw: Literal["uniform", "difficulty"] = "uniform"
-    """"difficulty" draws tasks in proportion to the observed variance of their reward, p(1-p), with a floor."""
+    """"difficulty" draws tasks in proportion to the variance of their reward, p(1-p), with a floor; p is what was
+    observed of the task and of its family."""
+
+
+Overflow = Literal["failure", "grade", "drop"]
 
 
 class EpisodeSection(Section):
@@ -113,9 +117,10 @@ class EpisodeSection(Section):
     """Deadline of one sample."""
     step_seconds: PositiveFloat = 180.0
     """Deadline of one environment step."""
-    on_overflow: Literal["failure", "drop"] = "failure"
-    """A truncated episode: "failure" keeps it with the environment's reward (0 when ungraded), "drop" makes it a typed
-    failure that is counted and never trained on."""
+    on_overflow: Overflow = "failure"
+    """An episode that a budget cut: "failure" keeps it with reward 0, "grade" keeps it with the environment's verdict
+    on what it left, "drop" makes it a typed failure that is counted and never trained on (an evaluation then counts it
+    as a miss)."""
     cut_turns: Literal["mask", "train"] = "mask"
     """The tokens of a turn that `max_turn_tokens` or `max_tokens` cut, where the episode is kept: "mask" records them
     without training on them, "train" trains them with the episode's reward, so that rambling is paid for."""

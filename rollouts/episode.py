@@ -6,11 +6,11 @@ Always true: the machine ends exactly once, as a `Trajectory` or a `Failure`; th
 sampler was shown and what it made, token for token, and a sequence ends with a sampled turn (what no turn was sampled
 behind is not part of it).
 
-A budget that runs out truncates. Then the environment grades what there is (a `NeedStep` without a call,
-`grading=True`), and `on_overflow` says whether that counts ("failure") or the episode is dropped and counted
-("drop"). A turn that hit its length limit was never an action: its tokens stay in the record, the environment does not
-see them, and the episode ends; `cut_turns` says whether they are masked (`trained=False`) or trained. A reward of NaN
-is no verdict, so it becomes `Failure(UNGRADED)`, whatever else happened.
+A budget that runs out truncates, and `on_overflow` says what that means: reward 0 ("failure"), the environment's
+verdict on what there is, which a `NeedStep` without a call and with `grading=True` asks for ("grade"), or a failure
+that is dropped and counted ("drop"). A turn that hit its length limit was never an action: its tokens stay in the
+record, the environment does not see them, and the episode ends; `cut_turns` says whether they are masked
+(`trained=False`) or trained. A reward of NaN is no verdict, so it becomes `Failure(UNGRADED)`, whatever else happened.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any, Literal
+from typing import Any
 
-from ..configs.schema import EpisodeSection
+from ..configs.schema import EpisodeSection, Overflow
 from ..envs.core import Action, Message, Observation, Task
 from .render import ChatRenderer, Fork
 from .samplers.base import Sample
@@ -129,13 +129,13 @@ class Episode:
         spec: EpisodeSpec,
         budget: EpisodeSection,
         renderer: ChatRenderer,
-        on_overflow: Literal["failure", "drop"] | None = None,
+        on_overflow: Overflow | None = None,
     ) -> None:
         """`on_overflow` overrides the budget's (an evaluation never drops what the policy did not finish)."""
         self.spec = spec
         self.request: Request | None = None
         self._budget = budget
-        self._drop = (on_overflow or budget.on_overflow) == "drop"
+        self._overflow = on_overflow or budget.on_overflow
         self._renderer = renderer
         self._tools: list[dict[str, Any]] = []
         self._history: list[dict[str, Any]] = []
@@ -288,18 +288,19 @@ class Episode:
         return self.request
 
     def _truncate(self, reason: EndReason) -> Request:
-        """A budget ran out. Ask for a verdict, unless the episode is dropped anyway or nothing was sampled at all."""
+        """A budget ran out. Ask for a verdict only where it counts, and never when nothing was sampled at all."""
         self._truncated = reason
         if not self._turns:
             kind = FailureKind.SAMPLER_TIMEOUT if reason is EndReason.MAX_SECONDS else FailureKind.OVERFLOW
             return self.fail(kind, f"{reason}: the budget was spent before anything was sampled", retryable=True)
-        if self._drop:
+        if self._overflow != "grade":
+            self._reward = 0.0
             return self._end(reason)
         self.request = NeedStep(Action(), grading=True)
         return self.request
 
     def _end(self, reason: EndReason) -> Ended:
-        if reason is not EndReason.DONE and self._drop:
+        if reason is not EndReason.DONE and self._overflow == "drop":
             return self.fail(
                 FailureKind.OVERFLOW, f"{reason} after {len(self._turns)} turns (episode.on_overflow = drop)"
             )

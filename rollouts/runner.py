@@ -12,9 +12,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from ..configs.schema import EnvSection, EpisodeSection
+from ..configs.schema import EnvSection, EpisodeSection, Overflow
 from ..envs.core import AgentEnv, EnvFailure, Task
 from .envpool import EnvPool, EnvRaised
 from .episode import Ended, Episode, EpisodeSpec, NeedSample, NeedStep, Request, environment_seed, episode_key
@@ -104,7 +104,7 @@ class RolloutRunner:
         params: SamplingParams,
         version: int,
         *,
-        on_overflow: Literal["failure", "drop"] | None = None,
+        on_overflow: Overflow | None = None,
         record: bool = True,
         on_group: Callable[[Group], None] | None = None,
     ) -> list[Group]:
@@ -145,7 +145,7 @@ class RolloutRunner:
         index: int,
         params: SamplingParams,
         version: int,
-        on_overflow: Literal["failure", "drop"] | None,
+        on_overflow: Overflow | None,
     ) -> Outcome:
         """One episode, whatever happens. Raises only `CancelledError`, and counts the episode's end before that."""
         id = f"{spec.id}/{index}"

@@ -21,7 +21,7 @@ from statistics import fmean
 from typing import Any, Literal, get_args
 
 from ..configs.load import load as load_config
-from ..configs.schema import RunConfig
+from ..configs.schema import Overflow, RunConfig
 from ..envs.core import Action, AgentEnv, EnvFailure, Task
 from ..envs.spreadsheet.task import SpreadsheetTask
 from ..rollouts.digest import folder_digest
@@ -122,7 +122,8 @@ async def _evaluate(
     params = SamplingParams(temperature=0.0) if greedy else (sampling or SamplingParams())
     specs = [GroupSpec(f"eval/{mode}/{part.id}", part, samples) for some in parts for part in some]
     before = time.monotonic()
-    groups = iter(await runner.run_groups(specs, params, version, on_overflow="failure", record=False))
+    overflow: Overflow = "failure" if runner.episode.on_overflow == "drop" else runner.episode.on_overflow
+    groups = iter(await runner.run_groups(specs, params, version, on_overflow=overflow, record=False))
     found = [[next(groups) for _ in some] for some in parts]
     seconds = time.monotonic() - before
     return summarise(found, tasks, step=step, version=version, mode=mode, samples=samples, seconds=seconds)

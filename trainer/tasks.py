@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -49,16 +50,15 @@ def draw(
 ) -> list[Task]:
     """`count` tasks for a step, each at most once while there are enough.
 
-    With `stats` (task id to [episodes, sum of rewards]) a task's weight is p(1-p) + FLOOR, p its mean reward with one
-    success and one miss assumed beforehand; drawn without replacement by the Gumbel trick (arXiv 1903.06059). Without,
-    all weigh the same.
+    With `stats` (task id to [episodes, sum of rewards]) a task's weight is p(1-p) + FLOOR, p its mean reward with two
+    episodes of its family's mean reward assumed beforehand, and the family's with one success and one miss; drawn
+    without replacement by the Gumbel trick (arXiv 1903.06059). Without, all weigh the same.
     """
     generator = random.Random(f"{seed}/{step}")
+    weights = [0.0] * len(tasks) if stats is None else _log_weights(tasks, stats)
     drawn: list[Task] = []
     while len(drawn) < count:
-        scored = [
-            (_log_weight(task, stats) - math.log(-math.log(_open_unit(generator))), i) for i, task in enumerate(tasks)
-        ]
+        scored = [(weight - math.log(-math.log(_open_unit(generator))), i) for i, weight in enumerate(weights)]
         scored.sort(reverse=True)
         drawn += [tasks[i] for _, i in scored[: count - len(drawn)]]
     return drawn
@@ -69,9 +69,15 @@ def _open_unit(generator: random.Random) -> float:
     return (generator.getrandbits(52) + 0.5) / 2**52
 
 
-def _log_weight(task: Task, stats: Mapping[str, Sequence[float]] | None) -> float:
-    if stats is None:
-        return 0.0
-    episodes, total = stats.get(task.id, (0.0, 0.0))
-    p = min(max((total + 1.0) / (episodes + 2.0), 0.0), 1.0)
-    return math.log(p * (1.0 - p) + FLOOR)
+def _log_weights(tasks: Sequence[Task], stats: Mapping[str, Sequence[float]]) -> list[float]:
+    known = [stats.get(task.id, (0.0, 0.0)) for task in tasks]
+    families: dict[str, list[float]] = defaultdict(lambda: [2.0, 1.0])
+    for task, (episodes, total) in zip(tasks, known, strict=True):
+        families[task.family][0] += episodes
+        families[task.family][1] += total
+    weights = []
+    for task, (episodes, total) in zip(tasks, known, strict=True):
+        seen, won = families[task.family]
+        p = min(max((total + 2.0 * won / seen) / (episodes + 2.0), 0.0), 1.0)
+        weights.append(math.log(p * (1.0 - p) + FLOOR))
+    return weights

@@ -95,11 +95,10 @@ def test_a_fork_behind_which_nothing_was_sampled_is_not_kept(thinking):
     episode = begun(thinking)
     episode.sampled(sample(thinking, "<think>\nseven\n</think>\n\nWhich one?"), 0.1)
     episode.stepped(USER, 0.0, False, False, {}, 0.2)
-    episode.out_of_time(40.0)
-    assert len(finish(episode, 0.0).sequences) == 1
+    assert len(episode.out_of_time(40.0).outcome.sequences) == 1
 
 
-@pytest.mark.parametrize("on_overflow", ["failure", "drop"])
+@pytest.mark.parametrize("on_overflow", ["failure", "grade", "drop"])
 @pytest.mark.parametrize("reason", [EndReason.MAX_TOKENS, EndReason.MAX_TURNS, EndReason.MAX_SECONDS, "full"])
 def test_every_budget_truncates_with_its_reason(plain, reason, on_overflow):
     episode = begun(plain, on_overflow, max_turns=1 if reason is EndReason.MAX_TURNS else 6, max_tokens=700)
@@ -113,14 +112,24 @@ def test_every_budget_truncates_with_its_reason(plain, reason, on_overflow):
     if on_overflow == "drop":
         assert request.outcome.kind is FailureKind.OVERFLOW and str(expected) in request.outcome.message
         return
-    assert request == NeedStep(Action(), grading=True)
-    trajectory = finish(episode, 1.0)
-    assert (trajectory.end, trajectory.reward, trajectory.truncated) == (expected, 1.0, True)
+    if on_overflow == "grade":
+        assert request == NeedStep(Action(), grading=True)
+        trajectory, reward = finish(episode, 1.0), 1.0
+    else:
+        trajectory, reward = request.outcome, 0.0
+    assert (trajectory.end, trajectory.reward, trajectory.truncated) == (expected, reward, True)
     assert trajectory.sequences[0].spans[-1].origin == "sampled"
 
 
+def test_rewards_on_the_way_do_not_pay_for_an_episode_that_counts_as_a_failure(plain):
+    episode = begun(plain, "failure")
+    episode.sampled(sample(plain, adding.call("add", n=3)), 0.1)
+    episode.stepped(TOOL, 0.5, False, False, {}, 0.2)
+    assert episode.sampled(sample(plain, "I go on and", finish="length"), 0.3).outcome.reward == 0.0
+
+
 def test_a_cut_turn_is_recorded_masked_and_never_an_action(plain):
-    episode = begun(plain)
+    episode = begun(plain, "grade")
     episode.sampled(sample(plain, adding.call("add", n=3)), 0.1)
     episode.stepped(TOOL, 0.0, False, False, {}, 0.2)
     cut = sample(
@@ -135,7 +144,7 @@ def test_a_cut_turn_is_recorded_masked_and_never_an_action(plain):
 
 def test_a_cut_turn_is_trained_where_the_configuration_says_so(plain):
     """Once, with the log-probabilities it was sampled with, and the episode's own reward; still never an action."""
-    episode = begun(plain, cut_turns="train")
+    episode = begun(plain, "grade", cut_turns="train")
     one = sample(plain, adding.call("add", n=3))
     episode.sampled(one, 0.1)
     episode.stepped(TOOL, 0.0, False, False, {}, 0.2)
@@ -157,7 +166,7 @@ def test_a_dropped_episode_trains_nothing_of_its_cut_turn(plain):
 @pytest.mark.parametrize("grading", [False, True])
 def test_no_verdict_is_a_failure_and_never_a_zero(plain, grading):
     for reward, info in [(math.nan, {}), (0.0, {"ungraded": "engines disagree"})]:
-        episode = begun(plain)
+        episode = begun(plain, "grade")
         episode.sampled(sample(plain, "done", finish="length" if grading else "stop"), 0.1)
         outcome = finish(episode, reward, info)
         assert isinstance(outcome, Failure) and outcome.kind is FailureKind.UNGRADED

@@ -200,14 +200,14 @@ async def test_a_version_stays_while_an_episode_holds_it(plain):
 
 async def test_running_out_of_an_episodes_time_is_a_truncation_that_is_graded(plain):
     script = lambda request, turn: say(plain.encode, adding.call("add", n=7)) if turn == 0 else Hang()  # noqa: E731
-    async with Setting(plain, script, max_seconds=0.4) as s:
+    async with Setting(plain, script, max_seconds=0.4, on_overflow="grade") as s:
         (trajectory,) = (await s.one()).trajectories
         assert (trajectory.end, trajectory.reward) == (EndReason.MAX_SECONDS, 1.0) and s.sampler.met
     async with Setting(plain, script, max_seconds=0.4, on_overflow="drop") as s:
         (failure,) = (await s.one()).failures
         assert failure.kind is FailureKind.OVERFLOW
     async with Setting(plain, script, max_seconds=0.4, on_overflow="drop") as s:
-        assert (await s.one(on_overflow="failure")).rewards == (1.0,)
+        assert (await s.one(on_overflow="grade")).rewards == (1.0,)
 
 
 async def test_a_bug_of_ours_is_internal_and_not_blamed_on_anyone(plain):

@@ -39,7 +39,7 @@ class Marked(toy.Letters):
         return Observation(), float(right), True, False, {"tool_errors": 0, "soft": 1.0 if right else 0.5}
 
 
-async def measured(base, tasks, says, tmp_path=None, **more):
+async def measured(base, tasks, says, tmp_path=None, overflow="drop", **more):
     """Evaluate with a sampler that answers `says(task id, number of the sample)`."""
     renderer = make_renderer(base, thinking=False)
     store = None if tmp_path is None else TrajectoryStore(tmp_path)
@@ -55,7 +55,7 @@ async def measured(base, tasks, says, tmp_path=None, **more):
         sampler=sampler,
         renderer=renderer,
         pool=ThreadEnvPool(Marked, deadline_s=toy_config(base).episode.step_seconds),
-        episode=toy_config(base).episode,
+        episode=toy_config(base).episode.model_copy(update={"on_overflow": overflow}),
         run="run",
         seed=1,
         concurrency=4,
@@ -114,9 +114,12 @@ async def test_failures_of_ours_leave_the_denominator_and_are_counted(toy_base):
     assert (result.asked, result.n, result.pass1) == (5, 2, 0.5), "only the prompt that does not fit counts as a miss"
 
 
-async def test_a_truncated_episode_is_a_miss_even_where_training_drops_it(toy_base):
-    result, _ = await measured(toy_base, TASKS[:2], lambda task, n: "yes " if task == "t0" else "no " * 50)
+@pytest.mark.parametrize(("overflow", "soft"), [("drop", 0.5), ("failure", 0.5), ("grade", 0.75)])
+async def test_a_truncated_episode_is_a_miss_even_where_training_drops_it(toy_base, overflow, soft):
+    says = lambda task, n: "yes " if task == "t0" else "no " * 50  # noqa: E731
+    result, _ = await measured(toy_base, TASKS[:2], says, overflow=overflow)
     assert (result.n, result.pass1, result.truncated, result.failures) == (2, 0.5, 0.5, {})
+    assert result.soft == soft, "only grade asks for a verdict on what there is"
 
 
 async def test_many_samples_give_pass_at_k_and_do_not_shrink_the_interval(toy_base):

@@ -43,6 +43,15 @@ def test_uniform_and_difficulty():
     assert hard[2] > 20, "always solved is still looked at"
 
 
+def test_a_task_never_seen_is_taken_to_be_as_hard_as_its_family():
+    tasks = [Task(f"{family}{i}", "", family) for family in ("solved", "half", "hopeless") for i in range(20)]
+    stats = {f"{f}0": [400.0, won] for f, won in (("solved", 400.0), ("half", 200.0), ("hopeless", 0.0))}
+    drawn: Counter = Counter()
+    for step in range(200):
+        drawn.update(t.family for t in draw(tasks, 5, seed=0, step=step, stats=stats))
+    assert drawn["half"] > 0.7 * 1000 and min(drawn.values()) > 20
+
+
 def test_tasks_of_any_environment_come_from_seeds():
     section = EnvSection(id="other/Env-v0")
     train, test = load(section, "train", 3, 5), load(section, "test", 3, 5)
