@@ -13,6 +13,12 @@ from typing import Literal, Protocol, runtime_checkable
 
 from ..types import PolicyVersion
 
+PUBLISH_SECONDS = 300.0
+"""Until a version is served; long enough for an engine that is being started again."""
+
+TRAINING = "training"
+"""The trust domain of rollouts whose tasks belong to whoever trains."""
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -29,7 +35,7 @@ class SampleRequest:
 
     `key` is the random key of (run, episode, turn), 64 bits; token t of the turn draws from (key, t) and from nothing
     else. `session` names the episode: a sampler may keep its KV cache between turns until `end_session`. `deadline_s`
-    is seconds from now.
+    is seconds from now. `trust_domain` says whose data this is: nothing computed for one domain is reused by another.
     """
 
     session: str
@@ -40,14 +46,16 @@ class SampleRequest:
     stop: tuple[int, ...]
     params: SamplingParams = SamplingParams()
     deadline_s: float = 120.0
+    trust_domain: str = TRAINING
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
     """What was sampled: `tokens` (a stop token, if met, is the last), `logprobs` nats, aligned with tokens.
 
-    Log-probabilities are of the tempered distribution before top-p and top-k cut it (greedy: of temperature 1), which
-    is what the trainer computes.
+    Log-probabilities are of the tempered distribution (greedy: of temperature 1), which is what the trainer computes.
+    Where top-p or top-k cut it, a sampler says whether they are of what was there before (the embedded sampler) or of
+    what was left (vLLM).
     """
 
     tokens: tuple[int, ...]

@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal
 from weakref import WeakKeyDictionary, ref
@@ -25,11 +24,11 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor
 
-from ..digest import folder_digest
 from ..types import PolicyVersion
-from .base import Sample, SampleRequest, SamplerError
+from .base import TRAINING, Sample, SampleRequest, SamplerError
 from .torch_engine import Engine, Job, Served
 from .torch_model import build, merge_adapter, read_shape, read_tensors
+from .versions import VersionTable, check_files
 
 
 class TorchSampler:
@@ -56,18 +55,13 @@ class TorchSampler:
         if min(slots, threads, max_versions, max_tokens) < 1 or cache_tokens < 0:
             raise ValueError("slots, threads, max_versions and max_tokens must be at least 1, cache_tokens at least 0")
         self._base = Path(base)
-        self._max_versions, self._max_tokens = max_versions, max_tokens
+        self._max_tokens = max_tokens
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f'dtype must be "float32" or "bfloat16", not {dtype!r}')
         self._device, self._dtype = torch.device(device), getattr(torch, dtype)
         self._shape = read_shape(self._base)
         self._tensors: dict[str, Tensor] = read_tensors(self._base)
-        self._lock = threading.Lock()
-        self._digests: dict[int, str] = {}
-        self._served: dict[int, Served] = {}  # in the order they were published
-        self._holds: dict[int, int] = {}  # leases and running requests by version
-        self._retiring: set[int] = set()
-        self._latest: int | None = None
+        self._table: VersionTable[Served] = VersionTable(max_versions, self._drop)
         # One loader with one torch thread: a loader with a team of its own brings OpenMP above the number of cores, and
         # its waits, the trainer's too, from spinning to sleeping (a training step took 2.6 times as long).
         self._loader = ThreadPoolExecutor(1, "espalier-torch-load", torch.set_num_threads, (1,))
@@ -88,30 +82,18 @@ class TorchSampler:
         Raises `SamplerError` when its files do not have its digest, when its number was published with another digest,
         when it is more than LoRA, or when `max_versions` are resident and all are held.
         """
-        with self._lock:
-            self._check_number(version)
-            if version.number in self._served:
-                self._latest = version.number
-                self._retiring.discard(version.number)
-                return
+        if self._table.again(version):
+            return
         try:
             loading = asyncio.get_running_loop().run_in_executor(self._loader, self._load, version)
         except RuntimeError:
             raise SamplerError("the sampler was closed; start another to go on.") from None
-        served = await loading
-        with self._lock:
-            self._check_number(version)
-            self._make_room(version.number)
-            self._digests[version.number] = version.digest
-            self._served[version.number] = served
-            self._latest = version.number
+        self._table.admit(version, await loading)
 
     @property
     def latest(self) -> int:
         """The number of the version published last. Raises `SamplerError` before the first."""
-        if self._latest is None:
-            raise SamplerError("no version is published yet; publish one first.")
-        return self._latest
+        return self._table.latest
 
     @property
     def batch_invariant(self) -> bool:
@@ -124,36 +106,23 @@ class TorchSampler:
     @property
     def versions(self) -> tuple[int, ...]:
         """The resident versions, oldest first."""
-        with self._lock:
-            return tuple(self._served)
+        return tuple(self._table.resident)
 
-    @contextmanager
-    def lease(self, version: int) -> Iterator[int]:
+    def lease(self, version: int) -> AbstractContextManager[int]:
         """Hold `version` while an episode uses it. Raises `SamplerError` when it is not resident or being retired."""
-        self._hold(version, new=True)
-        try:
-            yield version
-        finally:
-            self._release(version)
+        return self._table.lease(version)
 
     async def retire(self, version: int) -> None:
         """Let `version` go: at once when nobody holds it, otherwise when the last lease ends. Unknown versions are
         ignored."""
-        with self._lock:
-            if version == self._latest and version in self._served:
-                raise SamplerError(f"version {version} is the latest; publish its successor before retiring it.")
-            if version in self._served:
-                self._retiring.add(version)
-                if not self._holds.get(version):
-                    self._drop(version)
+        self._table.retire(version)
 
     async def sample(self, request: SampleRequest) -> Sample:
         """Sample one turn; see `Sampler.sample`. A cancelled or late request frees its slot."""
         self._check_request(request)
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Sample] = loop.create_future()
-        served = self._hold(request.version, new=False)
-        try:
+        with self._table.use(request.version) as served:
             mail = self._mail.setdefault(loop, _Mail(loop))
             job = Job(request, served, lambda result: mail.send(future, result))
             self._engine.submit(job)
@@ -167,8 +136,6 @@ class TorchSampler:
             finally:
                 if not future.done() or future.cancelled():
                     self._cancel(job)
-        finally:
-            self._release(request.version)
 
     async def end_session(self, session: str) -> None:
         """Free what was kept for `session`; unknown sessions, and a closed sampler, are ignored."""
@@ -181,9 +148,8 @@ class TorchSampler:
         """Stop the engine and free everything; pending requests get a `SamplerError`. Closing twice is allowed."""
         await asyncio.to_thread(self._engine.stop)
         self._loader.shutdown(wait=False)
-        with self._lock:
-            self._served.clear()
-            self._tensors = {}
+        self._table.clear()
+        self._tensors = {}
 
     def stats(self) -> dict[str, float]:
         """Counters since the start: tokens sampled, read in (prefilled) and reused from the cache, steps, seconds the
@@ -193,65 +159,23 @@ class TorchSampler:
     def _load(self, version: PolicyVersion) -> Served:
         if version.is_base and version.path.resolve() != self._base.resolve():
             raise SamplerError(f"version 0 is the base {self._base}, not {version.path}; give the sampler that base.")
-        try:
-            digest = folder_digest(version.path)
-        except OSError as error:
-            raise SamplerError(f"version {version.number} cannot be read: {error}") from None
-        if digest != version.digest:
-            raise SamplerError(
-                f"version {version.number} at {version.path} has digest {digest[:12]}, expected {version.digest[:12]}: "
-                "its files were changed; publish it as a new version."
-            )
+        check_files(version)
         tensors = self._tensors if version.is_base else merge_adapter(self._tensors, version.path)
         return Served((version.number, version.digest), build(self._shape, tensors, self._device, self._dtype))
 
-    def _check_number(self, version: PolicyVersion) -> None:
-        known = self._digests.get(version.number)
-        if known is not None and known != version.digest:
-            raise SamplerError(
-                f"version {version.number} was published with another digest; a version is immutable, use a new number."
-            )
-
-    def _make_room(self, number: int) -> None:
-        if len(self._served) < self._max_versions:
+    def _drop(self, served: Served) -> None:
+        try:
+            self._engine.drop(served.key)
+        except SamplerError:  # a stopped engine holds nothing
             return
-        free = [n for n in self._served if not self._holds.get(n)]
-        if not free:
-            raise SamplerError(
-                f"version {number} has no room: all {self._max_versions} resident versions are leased; "
-                "end their episodes or raise max_versions.",
-                retryable=True,
-            )
-        self._drop(free[0])
-
-    def _hold(self, version: int, *, new: bool) -> Served:
-        with self._lock:
-            served = self._served.get(version)
-            if served is None or (new and version in self._retiring):
-                held = ", ".join(map(str, self._served)) or "none"
-                raise SamplerError(f"version {version} is not resident (resident: {held}); publish it first.")
-            self._holds[version] = self._holds.get(version, 0) + 1
-            return served
-
-    def _release(self, version: int) -> None:
-        with self._lock:
-            self._holds[version] -= 1
-            if not self._holds[version]:
-                del self._holds[version]
-                if version in self._retiring:
-                    self._drop(version)
-
-    def _drop(self, version: int) -> None:
-        served = self._served.pop(version, None)
-        self._retiring.discard(version)
-        if served is not None:
-            try:
-                self._engine.drop(served.key)
-            except SamplerError:  # a stopped engine holds nothing
-                return
 
     def _check_request(self, request: SampleRequest) -> None:
         size = len(request.prompt) + request.max_tokens
+        if request.trust_domain != TRAINING:
+            raise SamplerError(
+                f"session {request.session!r}: the embedded sampler has one cache for all and serves the trust domain "
+                f"{TRAINING!r} only, not {request.trust_domain!r}."
+            )
         if not request.prompt or request.max_tokens < 1:
             raise SamplerError(
                 f"session {request.session!r}: a request needs a prompt and at least one token to sample."

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from espalier.rollouts.digest import folder_digest
 from espalier.rollouts.samplers import torch_cache, torch_engine
 from espalier.rollouts.samplers.base import Sample, Sampler, SampleRequest, SamplerError, SamplingParams
 from espalier.rollouts.samplers.torch import TorchSampler
@@ -25,52 +24,10 @@ from espalier.rollouts.samplers.torch_seats import Name, Pool
 from espalier.rollouts.types import PolicyVersion
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3Config, Qwen3ForCausalLM, TopKLogitsWarper, TopPLogitsWarper
-
-VOCAB = 96
-
-
-def make_base(folder: Path, *, norm_scale: float = 1.0, tied: bool = True) -> Path:
-    torch.manual_seed(7)
-    config = Qwen3Config(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=2048,
-        tie_word_embeddings=tied,
-    )
-    model = Qwen3ForCausalLM(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                scale = norm_scale if "q_norm" in name or "k_norm" in name else 1.0
-                parameter.copy_(scale * (1 + 0.3 * torch.randn_like(parameter)))
-            else:
-                parameter.copy_(0.15 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    return folder
-
-
-def make_adapter(base: Path, folder: Path, seed: int, **config: object) -> Path:
-    torch.manual_seed(seed)
-    settings_ = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | config
-    model = get_peft_model(Qwen3ForCausalLM.from_pretrained(base), LoraConfig(**settings_))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    return folder
-
-
-def version(number: int, path: Path, base: Path) -> PolicyVersion:
-    return PolicyVersion(number, folder_digest(path), path, str(base))
+from small_policy import VOCAB, make_adapter, make_base, version
+from transformers import Qwen3ForCausalLM, TopKLogitsWarper, TopPLogitsWarper
 
 
 @pytest.fixture(scope="module")
@@ -563,7 +520,7 @@ async def test_a_cancelled_request_frees_its_slot_and_its_version(base: Path) ->
             task.cancel()
         assert all(isinstance(r, asyncio.CancelledError) for r in await asyncio.gather(*tasks, return_exceptions=True))
         assert len((await sampler.sample(request("next", prompt_of(1, 9), n=3, deadline_s=60.0))).tokens) == 3
-        assert sampler._holds == {}
+        assert sampler._table.held == {}
 
 
 async def test_ending_a_session_ends_its_request(base: Path) -> None:
