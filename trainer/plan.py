@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..configs.schema import LoraSection, RunConfig
+from ..rollouts.samplers.vllm_limits import INSTALL_VLLM
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 LOGIT_TILE = 32768
@@ -23,6 +24,8 @@ LOGIT_TILE = 32768
 
 CACHE_TOKENS = 65536
 """Tokens whose keys and values the embedded sampler keeps besides its slots' (its `cache_tokens`)."""
+
+CPU = "the CPU"
 
 OVERHEAD = 1.0e9
 """Bytes for CUDA's context, kernels' workspace and fragmentation; on the CPU for Python and its libraries."""
@@ -124,7 +127,7 @@ def make_plan(config: RunConfig) -> Plan:
     """Resolve a configuration on this machine without loading a model."""
     shape = find_shape(config.policy.base)
     device, room = _device(config)
-    parts = tuple(memory(config, shape)) if shape else ()
+    parts = tuple(memory(config, shape, 0.0 if device == CPU else room)) if shape else ()
     missing = _missing(config, shape)
     total = sum(part.bytes for part in parts)
     if parts and room and total > room:
@@ -138,15 +141,14 @@ def make_plan(config: RunConfig) -> Plan:
     return Plan(device, room, parts, tuple(missing))
 
 
-def memory(config: RunConfig, shape: Shape) -> list[Part]:
-    """The parts of the plan; every formula stands in its `how`."""
+def memory(config: RunConfig, shape: Shape, room: float = 0.0) -> list[Part]:
+    """The parts of the plan; every formula stands in its `how`. `room`: bytes of the card, 0 where there is none."""
     policy, trainer, episode = config.policy, config.trainer, config.episode
     width = BYTES[policy.dtype]
     rows = min(trainer.micro_batch, trainer.groups * trainer.group_size)
     tokens = rows * episode.max_tokens
     tile = min(LOGIT_TILE, shape.vocab_size)
     lora = shape.lora_parameters(policy.lora)
-    slots, versions, served = config.sampler.slots, config.sampler.max_versions, BYTES[config.sampler.dtype]
     return [
         _weights(config, shape, "trainer's base, frozen"),
         Part("LoRA and optimizer", 16.0 * lora, f"{lora:,} parameters x 16 bytes (fp32 weight, gradient, two moments)"),
@@ -156,6 +158,15 @@ def memory(config: RunConfig, shape: Shape) -> list[Part]:
             float(tokens) * tile * 8,
             f"{tokens:,} tokens x {tile:,} of the vocabulary x 8 bytes (fp32, and its gradient)",
         ),
+        *(_embedded_sampler(config, shape) if config.sampler.kind == "torch" else _vllm(config, shape, room)),
+        Part("overhead", OVERHEAD, "context, workspace, fragmentation"),
+    ]
+
+
+def _embedded_sampler(config: RunConfig, shape: Shape) -> list[Part]:
+    slots, versions, served = config.sampler.slots, config.sampler.max_versions, BYTES[config.sampler.dtype]
+    longest, per_token = config.episode.max_tokens, shape.kv_bytes_per_token(served)
+    return [
         Part(
             "sampler's versions",
             float(served) * shape.parameters() * versions,
@@ -163,16 +174,37 @@ def memory(config: RunConfig, shape: Shape) -> list[Part]:
         ),
         Part(
             "sampler's KV cache",
-            float(slots) * episode.max_tokens * shape.kv_bytes_per_token(served),
-            f"{slots} slots x {episode.max_tokens:,} tokens x {shape.kv_bytes_per_token(served):,} bytes",
+            float(slots) * longest * per_token,
+            f"{slots} slots x {longest:,} tokens x {per_token:,} bytes",
         ),
         Part(
             "sampler's kept prompts",
-            float(CACHE_TOKENS) * shape.kv_bytes_per_token(served),
-            f"at most {CACHE_TOKENS:,} tokens x {shape.kv_bytes_per_token(served):,} bytes",
+            float(CACHE_TOKENS) * per_token,
+            f"at most {CACHE_TOKENS:,} tokens x {per_token:,} bytes",
         ),
-        Part("overhead", OVERHEAD, "context, workspace, fragmentation"),
     ]
+
+
+def _vllm(config: RunConfig, shape: Shape, room: float) -> list[Part]:
+    """What vLLM takes: on a card its whole share, of which keys and values are what the weights leave; nothing here
+    where it runs elsewhere.
+    """
+    section, width = config.sampler, BYTES[config.sampler.dtype]
+    if section.url:
+        return []
+    weights = float(width) * shape.parameters()
+    adapters = float(width) * shape.lora_parameters(config.policy.lora) * section.max_versions
+    if not room:
+        return [
+            Part("vLLM's base", weights, f"{shape.parameters():,} parameters x {width} bytes"),
+            Part("vLLM's adapters", adapters, f"{section.max_versions} resident"),
+            Part("vLLM's KV cache", section.cache_gb * 2.0**30, f"sampler.cache_gb = {section.cache_gb}"),
+        ]
+    share = section.gpu_memory * room
+    per_token = shape.kv_bytes_per_token(width)
+    tokens = max(0.0, share - weights - adapters - OVERHEAD) / per_token
+    how = f"sampler.gpu_memory = {section.gpu_memory:g}: room for about {tokens:,.0f} tokens of keys and values"
+    return [Part("vLLM", share, how)]
 
 
 def _weights(config: RunConfig, shape: Shape, name: str) -> Part:
@@ -267,7 +299,7 @@ def _device(config: RunConfig) -> tuple[str, float]:
         return str(card.name), float(card.total_memory)
     if config.policy.device == "cuda":
         return "a CUDA card (none here)", 0.0
-    return "the CPU", float(import_module("psutil").virtual_memory().available)
+    return CPU, float(import_module("psutil").virtual_memory().available)
 
 
 def _missing(config: RunConfig, shape: Shape | None) -> list[Missing]:
@@ -285,6 +317,8 @@ def _missing(config: RunConfig, shape: Shape | None) -> list[Missing]:
         found.append(Missing("flash-attn, for policy.attention", "pip install flash-attn, or --policy.attention sdpa"))
     if policy.from_adapter is not None and not (policy.from_adapter / "adapter_config.json").is_file():
         found.append(Missing(f"an adapter in {policy.from_adapter}", "name a folder that holds adapter_config.json"))
+    if config.sampler.kind != "torch" and not config.sampler.url and find_spec("vllm") is None:
+        found.append(Missing(f'vLLM, for sampler.kind = "{config.sampler.kind}"', INSTALL_VLLM))
     for engine in ("ironcalc", "formualizer"):
         try:
             metadata.version(engine)

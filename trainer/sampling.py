@@ -6,7 +6,10 @@ of run name, seed, episode and turn).
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from ..configs.schema import RunConfig
@@ -17,25 +20,70 @@ from ..rollouts.recipe import env_recipe
 from ..rollouts.render import make_renderer
 from ..rollouts.runner import RolloutRunner
 from ..rollouts.samplers.base import Sampler
+from ..rollouts.samplers.vllm_limits import INSTALL_VLLM, cpu_environment, server_options
+from ..rollouts.samplers.vllm_process import VllmProcess
+from ..rollouts.samplers.vllm_server import VllmServerSampler
 from ..rollouts.store import TrajectoryStore
 from . import tasks as tasklists
 from .errors import UserError
 
 
 def make_sampler(config: RunConfig, base: Path, device: str | None = None) -> Sampler:
-    """The embedded sampler on `device` (default: where the policy stands), with nothing published yet."""
-    from ..rollouts.samplers.torch import TorchSampler
+    """The configured sampler on `device` (default: where the policy stands), with nothing published yet.
+
+    Raises `UserError` when it is not installed, and `SamplerError` when it cannot serve `base`.
+    """
     from .model import resolve_device
 
-    return TorchSampler(
+    section, place = config.sampler, device or resolve_device(config.policy.device)
+    sizes = {"slots": section.slots, "max_versions": section.max_versions, "max_tokens": config.episode.max_tokens}
+    if section.kind == "torch":
+        from ..rollouts.samplers.torch import TorchSampler
+
+        return TorchSampler(base, **sizes, threads=section.threads, device=place, dtype=section.dtype)
+    rank = _largest_rank(config)
+    if section.url:
+        return VllmServerSampler(section.url, base, **sizes, rank=rank, api_key=os.environ.get("VLLM_API_KEY"))
+    if find_spec("vllm") is None:
+        raise UserError(f'sampler.kind = "{section.kind}" needs vLLM, which is not installed: {INSTALL_VLLM}')
+    if section.kind == "vllm-server":
+        options = server_options(
+            **sizes,
+            rank=rank,
+            dtype=section.dtype,
+            memory=None if place == "cpu" else section.gpu_memory,
+            eager=section.eager,
+            seed=config.seed,
+        )
+        environment = cpu_environment(section.threads, section.cache_gb) if place == "cpu" else {}
+        process = VllmProcess(base, options, environment, config.out / config.name / "vllm.log")
+        return VllmServerSampler(process.url, base, **sizes, rank=rank, process=process)
+    from ..rollouts.samplers.vllm import VllmSampler
+
+    return VllmSampler(
         base,
-        slots=config.sampler.slots,
-        threads=config.sampler.threads,
-        max_versions=config.sampler.max_versions,
-        max_tokens=config.episode.max_tokens,
-        device=device or resolve_device(config.policy.device),
-        dtype=config.sampler.dtype,
+        **sizes,
+        rank=rank,
+        threads=section.threads,
+        device=place,
+        dtype=section.dtype,
+        memory=section.gpu_memory,
+        cache_gb=section.cache_gb,
+        eager=section.eager,
+        seed=config.seed,
     )
+
+
+def _largest_rank(config: RunConfig) -> int:
+    """Of the adapters that the run serves: its own, and the one that it starts from."""
+    given = config.policy.from_adapter
+    if given is None:
+        return config.policy.lora.rank
+    try:
+        found = json.loads((given / "adapter_config.json").read_text("utf-8"))
+        return max(config.policy.lora.rank, int(found["r"]), *map(int, (found.get("rank_pattern") or {}).values()))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"policy.from_adapter: {given} is no PEFT adapter ({error})") from error
 
 
 def make_pool(config: RunConfig, tasks: Sequence[Task]) -> EnvPool:

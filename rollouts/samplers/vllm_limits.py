@@ -1,0 +1,77 @@
+"""What vLLM takes: which adapters, and how it is started. Known without vLLM, which may run elsewhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .base import SamplerError
+
+INSTALL_VLLM = "pip install 'espalier[vllm]' on a machine with an NVIDIA card, make venv-vllm on one without"
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The largest adapter ranks that vLLM can be started with."""
+
+
+def served_rank(rank: int) -> int:
+    """The smallest rank to start vLLM with that serves adapters of `rank`. Raises `SamplerError` when none does."""
+    if rank > RANKS[-1]:
+        raise SamplerError(f"vLLM serves adapters up to rank {RANKS[-1]}, not {rank}; train a smaller one.")
+    return next(allowed for allowed in RANKS if allowed >= rank)
+
+
+def check_adapter(folder: Path, rank: int) -> None:
+    """Raise `SamplerError` unless `folder` is plain LoRA that vLLM serves, of rank `rank` at most."""
+    path = folder / "adapter_config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise SamplerError(f"{path} cannot be read: {error}") from None
+    ranks = [config.get("r", 0), *(config.get("rank_pattern") or {}).values()]
+    if max(ranks) > rank:
+        raise SamplerError(f"adapter {folder} has rank {max(ranks)}, the engine serves {rank} at most; raise the rank.")
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or config.get("use_dora"):
+        raise SamplerError(f"adapter {folder} is more than plain LoRA, which is all that vLLM serves.")
+    if config.get("modules_to_save"):
+        raise SamplerError(f"adapter {folder} replaces whole modules, which vLLM does not serve; train plain LoRA.")
+
+
+def cpu_environment(threads: int, cache_gb: int) -> dict[str, str]:
+    """What vLLM's CPU backend reads from the environment. Threads bound to nothing were fastest on few, busy cores."""
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": str(cache_gb),
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    }
+
+
+def server_options(
+    *,
+    slots: int,
+    max_versions: int,
+    max_tokens: int,
+    rank: int,
+    dtype: str,
+    memory: float | None,
+    eager: bool,
+    seed: int,
+) -> list[str]:
+    """The command line of a server that serves versions as `vllm_server` needs it. `memory`: share of the GPU, None on
+    the CPU.
+    """
+    options = {
+        "dtype": dtype,
+        "seed": seed,
+        "max-model-len": max_tokens,
+        "max-num-seqs": slots,
+        "max-loras": max_versions,
+        "max-cpu-loras": max_versions + 1,  # a new one is loaded before the oldest goes
+        "max-lora-rank": served_rank(rank),
+        "logprobs-mode": "processed_logprobs",
+        "generation-config": "vllm",  # no sampling defaults of the model's own
+        **({} if memory is None else {"gpu-memory-utilization": memory}),
+    }
+    flags = ["--enable-lora", "--enable-prompt-tokens-details", *(["--enforce-eager"] if eager else [])]
+    return [*(f"--{name}={value}" for name, value in options.items()), *flags]
