@@ -142,8 +142,10 @@ class SamplingSection(Section):
 class SamplerSection(Section):
     """Who makes the tokens."""
 
-    kind: Literal["torch"] = "torch"
-    """"torch": the embedded sampler."""
+    kind: Literal["torch", "vllm", "vllm-server"] = "torch"
+    """"torch": the embedded sampler. "vllm": a vLLM engine of the run's own. "vllm-server": a vLLM server."""
+    url: str = Field(default="", pattern=r"^(https?://.+)?$")
+    """vLLM server only: where it answers; empty: Espalier starts one on this machine, watches and stops it."""
     slots: PositiveInt = 64
     """Episodes decoded at once."""
     threads: PositiveInt = 2
@@ -152,6 +154,18 @@ class SamplerSection(Section):
     """Precision of the sampler's weights and cache; only float32 on the CPU is batch-invariant to the bit."""
     max_versions: int = Field(default=4, ge=2)
     """Versions resident at once: the latest, leased ones, spare."""
+    gpu_memory: float = Field(default=0.45, gt=0.0, lt=1.0)
+    """vLLM only: share of the GPU's memory that it may use (weights, keys and values)."""
+    cache_gb: PositiveInt = 1
+    """vLLM on the CPU only: GiB of keys and values."""
+    eager: bool = False
+    """vLLM only: no compiled graphs; starts faster, decodes slower. On the CPU adapters are always served so."""
+
+    @model_validator(mode="after")
+    def _refuse_a_url_that_nobody_asks(self) -> Self:
+        if self.url and self.kind != "vllm-server":
+            raise ValueError(f'sampler.url is only for sampler.kind = "vllm-server", not {self.kind!r}')
+        return self
 
 
 class TrainerSection(Section):
@@ -213,8 +227,11 @@ class TrainerSection(Section):
 class ScheduleSection(Section):
     """How sampling and training take turns, and what is kept."""
 
-    kind: Literal["sync"] = "sync"
-    """"sync": sample, train, publish, repeat."""
+    kind: Literal["sync", "async"] = "sync"
+    """"sync": sample, train, publish, repeat. "async": sampling goes on while the trainer works."""
+    max_staleness: NonNegativeInt = 1
+    """async only: how many steps older than the policy that is trained a sampling version may be. Work that would grow
+    older is begun later instead of thrown away."""
     checkpoint_every: PositiveInt = 10
     """Steps between commit records."""
     keep_recent: PositiveInt = 2
@@ -249,6 +266,9 @@ class AlarmSection(Section):
     """Mean sampled tokens an episode, over that of the first step."""
     max_invalid_calls: float = Field(default=0.9, ge=0.0, le=1.0)
     """Share of calls answered by a ToolError."""
+    max_logprob_gap: PositiveFloat = 0.1
+    """Mean |log-probability of the trainer - of the sampler| of a token just sampled, nats; crossing it always ends the
+    run: sampler and trainer no longer compute the same policy."""
     stop: bool = False
     """End the run when one of them is crossed."""
 
@@ -305,6 +325,12 @@ class RunConfig(Section):
             raise ValueError("episode.max_turn_tokens must not exceed episode.max_tokens")
         if (self.trainer.groups * self.trainer.group_size) % self.trainer.minibatches:
             raise ValueError("trainer.minibatches must divide trainer.groups * trainer.group_size")
+        needed = self.schedule.max_staleness + 2
+        if self.schedule.kind == "async" and self.sampler.max_versions < needed:
+            raise ValueError(
+                f"schedule.max_staleness = {self.schedule.max_staleness} keeps {needed} versions in use, "
+                f"sampler.max_versions is {self.sampler.max_versions}"
+            )
         if self.eval.early_stop is not None and self.eval.every == 0:
             raise ValueError("eval.early_stop counts evaluations in training, so eval.every must not be 0")
         if len(set(self.env.tools)) < len(self.env.tools):

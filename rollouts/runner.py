@@ -102,13 +102,14 @@ class RolloutRunner:
         self,
         specs: Sequence[GroupSpec],
         params: SamplingParams,
-        version: int,
+        version: int | Callable[[], int],
         *,
         on_overflow: Overflow | None = None,
         record: bool = True,
         on_group: Callable[[Group], None] | None = None,
     ) -> list[Group]:
-        """Run all episodes of `specs` on `version`; groups in the order of `specs`.
+        """Run all episodes of `specs`; groups in the order of `specs`. An episode runs on one version from start to
+        end: on `version`, or on what that gives when the episode gets its place.
 
         `record=False` keeps them out of the store (evaluations must not be mistaken for training data). `on_group` is
         called as groups finish, after they are stored. If this is cancelled, episodes in flight end as
@@ -123,7 +124,8 @@ class RolloutRunner:
         async def play(g: int, i: int) -> None:
             spec = specs[g]
             async with self._places:
-                done[g][i] = await self._episode(spec, i, params, version, on_overflow)
+                number = version if isinstance(version, int) else version()
+                done[g][i] = await self._episode(spec, i, params, number, on_overflow)
             outcomes = [o for o in done[g] if o is not None]
             if len(outcomes) == spec.size:
                 group = groups[g] = _group(spec, outcomes)

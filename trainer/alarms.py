@@ -17,14 +17,20 @@ class Alarm:
     value: float
     bound: float
     message: str
+    stops: bool
 
 
-def check(row: Mapping[str, Any], section: AlarmSection, first_length: float | None) -> list[Alarm]:
-    """What is wrong with a "train" row. `first_length`: mean sampled tokens an episode of the first step."""
+def check(
+    row: Mapping[str, Any], section: AlarmSection, first_length: float | None, older: bool = False
+) -> list[Alarm]:
+    """What is wrong with a "train" row. `first_length`: mean sampled tokens an episode of the first step. `older`: an
+    older policy sampled, so that its log-probabilities are another's.
+    """
     found = []
 
     def say(name: str, value: float, bound: float, what: str) -> None:
-        found.append(Alarm(name, value, bound, f"step {row.get('step')}: {what} ({value:.4g}, bound {bound:.4g})"))
+        message = f"step {row.get('step')}: {what} ({value:.4g}, bound {bound:.4g})"
+        found.append(Alarm(name, value, bound, message, section.stop or name == "logprob_gap"))
 
     entropy, kl, length = row.get("entropy"), row.get("kl"), row.get("sampled_tokens_mean")
     invalid = row.get("invalid_call_share")
@@ -41,4 +47,7 @@ def check(row: Mapping[str, Any], section: AlarmSection, first_length: float | N
         )
     if invalid is not None and invalid > section.max_invalid_calls:
         say("invalid_calls", invalid, section.max_invalid_calls, "most calls are answered by an error")
+    gap = row.get("logprob_gap_mean")
+    if gap is not None and gap > section.max_logprob_gap and not older:
+        say("logprob_gap", gap, section.max_logprob_gap, "sampler and trainer no longer compute the same policy")
     return found

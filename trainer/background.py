@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Coroutine
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -24,12 +24,22 @@ class Background:
         self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
         self._thread.start()
 
+    def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Begin `work` and go on; `result` waits for it."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
     def call(self, work: Coroutine[Any, Any, T], deadline_s: float) -> T:
         """The result of `work`. Raises TimeoutError when it takes longer than `deadline_s` seconds."""
-        future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, deadline_s), self._loop)
+        return self.result(self.start(asyncio.wait_for(work, deadline_s)), deadline_s)
+
+    def result(self, future: Future[T], deadline_s: float) -> T:
+        """What was started, when it is done. Raises TimeoutError, and cancels it, after `deadline_s` seconds (and a
+        moment to end).
+        """
         try:
             return future.result(deadline_s + GRACE_SECONDS)
         except (CancelledError, TimeoutError) as error:
+            future.cancel()
             raise TimeoutError(
                 f"the rollouts did not finish within {deadline_s:.0f} s, which their budgets allow"
             ) from error

@@ -73,6 +73,7 @@ class Window:
     micro: list[Tensors]
     tokens: int
     rows: float
+    first: bool
     last: bool
     batch: Batch
 
@@ -170,8 +171,8 @@ class OnlineGRPOTrainer(GRPOTrainer):
 
     `finished(batch, numbers)` is called after the last update of each batch and says whether to stop. `numbers`: loss,
     grad_norm, learning_rate, entropy (nats a token), kl (k3 estimate of KL(behaviour || policy) a token, arXiv-free:
-    joschu.net/blog/kl-approx.html), logprob_gap (largest |policy - recorded|, nats), trained_tokens, seconds_train, and
-    TRL's own clip ratios.
+    joschu.net/blog/kl-approx.html), logprob_gap (|policy - recorded| before the first update, nats: largest, _mean,
+    _p99), trained_tokens, seconds_train, and TRL's own clip ratios.
     """
 
     def __init__(
@@ -253,6 +254,7 @@ class OnlineGRPOTrainer(GRPOTrainer):
                 [collate(cut, self._tokenizer.pad_token_id, device) for cut in self.cut(part)],
                 sum(row.trained for row in part),
                 math.fsum(row.share for row in part),
+                first=i == 0,
                 last=i == len(parts) - 1,
                 batch=batch,
             )
@@ -378,7 +380,8 @@ class OnlineGRPOTrainer(GRPOTrainer):
         else:
             logps, entropies = self._score(model, micro)
         mask, recorded = micro["tool_mask"], micro["sampling_per_token_logps"]
-        self._tally.add(logps, entropies, recorded, mask)
+        fresh = self._window is not None and self._window.first
+        self._tally.add(logps, entropies, recorded, mask, fresh)
         if self._corrects:
             old = micro.get("old_per_token_logps", logps.detach())
             micro["importance_sampling_ratio"] = importance_ratio(

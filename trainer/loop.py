@@ -32,7 +32,7 @@ from .errors import UserError
 from .evaluate import EvalResult
 from .metrics import Recorder, Row
 from .policy import PolicyStore, resolve_base
-from .rounds import ReplaySource, RolloutSide, SyncSource, describe, open_rollouts
+from .rounds import ReplaySource, RolloutSide, batch_source, describe, open_rollouts
 from .runs import claim
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def train(
     resume: bool = False,
     from_trajectories: Path | None = None,
     on_event: Listener | None = None,
-    make_source: SourceMaker = SyncSource,
+    make_source: SourceMaker = batch_source,
 ) -> RunResult:
     """Train as `config` (a path, a shipped name, or a parsed configuration) says, in `config.out / config.name`.
 
@@ -89,7 +89,7 @@ def train_claimed(
     resume: bool = False,
     from_trajectories: Path | None = None,
     on_event: Listener | None = None,
-    make_source: SourceMaker = SyncSource,
+    make_source: SourceMaker = batch_source,
 ) -> RunResult:
     """`train`, for callers that hold the run's folder already."""
     folder = config.out / config.name
@@ -274,11 +274,10 @@ class Run:
         progress = self.progress
         progress.step = batch.step
         progress.consumed.extend(batch.consumed)
-        sampled_by = progress.version
         if numbers:  # empty: there was nothing to train on, so the policy is what it was
             progress.version = self._store_policy()
             self._serve(progress.version)
-        row = self._train_row(batch, numbers, sampled_by)
+        row = self._train_row(batch, numbers)
         progress.seconds += row["seconds_rollout"] + row["seconds_train"]
         self._watch(row)
         self._evaluate_within()
@@ -291,13 +290,12 @@ class Run:
             self._commit()
         return progress.stopped is not None or progress.step >= self.config.trainer.steps
 
-    def _train_row(self, batch: Batch, numbers: Mapping[str, float], sampled_by: int) -> Row:
+    def _train_row(self, batch: Batch, numbers: Mapping[str, float]) -> Row:
         stats = dict(batch.stats)
         rollout = float(stats.get("seconds_rollout", 0.0))
         row = {
             "step": batch.step,
             "version": self.progress.version,
-            "sampled_by": sampled_by,
             **stats,
             "rows": len(batch.rows),
             "tok_s": stats.get("sampled_tokens", 0) / rollout if rollout else 0.0,
@@ -311,9 +309,10 @@ class Run:
         progress = self.progress
         if progress.first_length is None:
             progress.first_length = row.get("sampled_tokens_mean")
-        for alarm in alarms.check(row, self.config.alarms, progress.first_length):
+        older = self.side is None or row["staleness_max"] > 0
+        for alarm in alarms.check(row, self.config.alarms, progress.first_length, older):
             self.recorder.emit("alarm", step=progress.step, **asdict(alarm))
-            if self.config.alarms.stop:
+            if alarm.stops:
                 progress.stopped = "alarm"
 
     def _evaluate_within(self) -> None:

@@ -1,8 +1,9 @@
-"""The rollout side of a run: sampler, runner and store behind blocking calls, and the synchronous source of batches.
+"""The rollout side of a run: sampler, runner and store behind blocking calls, and where a run's batches come from.
 
-Always true: a step's groups are sampled by the version that the step begins with; a group's id is (run, step, place),
-so that a resumed run meets what was stored before it was killed and takes that instead of sampling again; groups
-without signal and failed episodes are counted and never trained on.
+Always true: synchronously a step's groups are sampled by the version that the step begins with, asynchronously by one
+at most `max_staleness` steps older; a group's id is (run, step, place), so that a resumed run meets what was stored
+before it was killed and takes that instead of sampling again; groups without signal and failed episodes are counted and
+never trained on.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -20,8 +22,9 @@ from typing import Any
 from ..configs.schema import RunConfig
 from ..envs.core import Task
 from ..rollouts.envpool import EnvPool
+from ..rollouts.pace import Pace
 from ..rollouts.runner import GroupSpec, RolloutRunner, together
-from ..rollouts.samplers.base import Sampler, SamplingParams
+from ..rollouts.samplers.base import PUBLISH_SECONDS, Sampler, SamplingParams
 from ..rollouts.store import TrajectoryStore
 from ..rollouts.types import Group, PolicyVersion, Trajectory
 from . import tasks as tasklists
@@ -48,13 +51,14 @@ class RolloutSide:
         self._seconds = config.episode.max_seconds
         self._params = SamplingParams(config.sampling.temperature, config.sampling.top_p, config.sampling.top_k)
         self._published: list[int] = []
+        self._begun: dict[Future[list[list[Group]]], int] = {}  # and how many episodes they take at most
 
     async def _make_runner(self, base: Path, pool: EnvPool) -> RolloutRunner:
         return make_runner(self.config, base, self._sampler, pool, self.store)
 
     def publish(self, version: PolicyVersion) -> None:
         """Serve `version` from now on and let the others go as their episodes end."""
-        self._loop.call(self._sampler.publish(version), SLACK_SECONDS)
+        self._loop.call(self._sampler.publish(version), PUBLISH_SECONDS + SLACK_SECONDS)
         for old in self._published:
             if old != version.number:
                 self._loop.call(self._sampler.retire(old), SLACK_SECONDS)
@@ -70,15 +74,34 @@ class RolloutSide:
         """Of each chain the groups up to the first that is `enough`, taken or sampled like `groups`; all chains at
         once, so that no slot of the sampler waits for the slowest episode of a round.
         """
-        work = together(self._chain(chain, version, enough) for chain in chains)
-        return self._loop.call(work, self._deadline(sum(spec.size for chain in chains for spec in chain)))
+        return self.finish(self.begin(chains, version, enough))
 
-    async def _chain(self, chain: Sequence[GroupSpec], version: int, enough: Callable[[Group], bool]) -> list[Group]:
+    def begin(
+        self, chains: Sequence[Sequence[GroupSpec]], version: int | None, enough: Callable[[Group], bool]
+    ) -> Future[list[list[Group]]]:
+        """Begin with `chains` and go on; `finish` waits for them. `version` None: each episode runs on what is the
+        latest when it begins.
+        """
+        future = self._loop.start(together(self._chain(chain, version, enough) for chain in chains))
+        self._begun[future] = sum(spec.size for chain in chains for spec in chain)
+        return future
+
+    def finish(self, future: Future[list[list[Group]]]) -> list[list[Group]]:
+        """The groups that were begun, when all are done; what was begun besides takes the same slots."""
+        try:
+            return self._loop.result(future, self._deadline(sum(self._begun.values())))
+        finally:
+            del self._begun[future]
+
+    async def _chain(
+        self, chain: Sequence[GroupSpec], version: int | None, enough: Callable[[Group], bool]
+    ) -> list[Group]:
+        by = (lambda: self._sampler.latest) if version is None else version
         groups: list[Group] = []
         for spec in chain:
             found = self.store.group(spec.id)
             if found is None or not found.trajectories:
-                (found,) = await self._runner.run_groups([spec], self._params, version)
+                (found,) = await self._runner.run_groups([spec], self._params, by)
             groups.append(found)
             if enough(found):
                 break
@@ -96,6 +119,8 @@ class RolloutSide:
     def close(self) -> None:
         """Stop sampling and close the environments and the store."""
         try:
+            for future in self._begun:
+                future.cancel()
             self._loop.call(self._runner.close(), SLACK_SECONDS)
             self._loop.call(self._sampler.close(), SLACK_SECONDS)
         finally:
@@ -139,27 +164,31 @@ class SyncSource:
         groups = self.sample(step)
         _refuse_total_failure(step, groups)
         self._learn_difficulty(groups)
-        return make_batch(self._config, step, groups, time.perf_counter() - began)
+        return make_batch(self._config, step, groups, time.perf_counter() - began, self._progress.version)
 
     def sample(self, step: int) -> list[Group]:
-        """All groups of `step`, those without signal and what refilled them included.
+        """All groups of `step`, those without signal and what refilled them included."""
+        found = self._side.chains(self._chains(step), self._progress.version, self._enough)
+        return [group for chain in found for group in chain]
 
-        Each place of the batch has its own chain of tasks, drawn beforehand: what refills it does not depend on what
+    def _chains(self, step: int) -> list[list[GroupSpec]]:
+        """Each place of the batch has its own chain of tasks, drawn beforehand: what refills it does not depend on what
         ends first.
         """
         section, progress = self._config.trainer, self._progress
         stats = progress.task_stats if self._config.env.draw == "difficulty" else None
         places, length = section.groups, 1 + section.max_refills
         drawn = tasklists.draw(self._tasks, places * length, seed=self._config.seed, step=step, stats=stats)
-        chains = [
+        return [
             [
                 GroupSpec(f"{self._config.name}/{step}/{place + places * turn}", task, section.group_size)
                 for turn, task in enumerate(drawn[place::places])
             ]
             for place in range(places)
         ]
-        found = self._side.chains(chains, progress.version, lambda group: usable(group, section.drop_no_signal))
-        return [group for chain in found for group in chain]
+
+    def _enough(self, group: Group) -> bool:
+        return usable(group, self._config.trainer.drop_no_signal)
 
     def _learn_difficulty(self, groups: Sequence[Group]) -> None:
         for group in groups:
@@ -169,11 +198,35 @@ class SyncSource:
                 kept[1] += math.fsum(group.rewards)
 
 
+class AsyncSource(SyncSource):
+    """A batch a step, sampled while the trainer works on those before it: as far ahead as `schedule.max_staleness` lets
+    it be, so that nothing has to be thrown away for its age.
+    """
+
+    def __init__(self, config: RunConfig, side: RolloutSide, tasks: Sequence[Task], progress: Progress) -> None:
+        super().__init__(config, side, tasks, progress)
+        self._pace = Pace(config.schedule.max_staleness)
+        self._ahead: dict[int, Future[list[list[Group]]]] = {}
+
+    def sample(self, step: int) -> list[Group]:
+        """All groups of `step`; those of the steps that may begin now are begun before they are waited for."""
+        for coming in range(step, min(self._pace.last(step - 1), self._config.trainer.steps) + 1):
+            if coming not in self._ahead:
+                self._ahead[coming] = self._side.begin(self._chains(coming), None, self._enough)
+        return [group for chain in self._side.finish(self._ahead.pop(step)) for group in chain]
+
+
+def batch_source(config: RunConfig, side: RolloutSide, tasks: Sequence[Task], progress: Progress) -> SyncSource:
+    """The source that `schedule.kind` names."""
+    kind = AsyncSource if config.schedule.kind == "async" else SyncSource
+    return kind(config, side, tasks, progress)
+
+
 class ReplaySource:
     """Batches from stored trajectories, in the order they were stored; nothing is sampled."""
 
     def __init__(self, config: RunConfig, store: TrajectoryStore, progress: Progress) -> None:
-        self._config = config
+        self._config, self._progress = config, progress
         consumed = set(progress.consumed)
         fresh = (group for group in store.groups() if not any(t.id in consumed for t in group.trajectories))
         self._groups = (group for group in fresh if usable(group, config.trainer.drop_no_signal))
@@ -184,7 +237,8 @@ class ReplaySource:
             return None
         began = time.perf_counter()
         groups = list(islice(self._groups, self._config.trainer.groups))
-        return make_batch(self._config, step, groups, time.perf_counter() - began) if groups else None
+        seconds = time.perf_counter() - began
+        return make_batch(self._config, step, groups, seconds, self._progress.version) if groups else None
 
 
 def _refuse_total_failure(step: int, groups: Sequence[Group]) -> None:
@@ -207,8 +261,8 @@ def usable(group: Group, needs_signal: bool) -> bool:
     return len(group.trajectories) > 1 and (group.has_signal or not needs_signal)
 
 
-def make_batch(config: RunConfig, step: int, groups: Sequence[Group], seconds: float) -> Batch:
-    """Rows of the usable groups, and the numbers about all of them for the metrics row."""
+def make_batch(config: RunConfig, step: int, groups: Sequence[Group], seconds: float, version: int) -> Batch:
+    """Rows of the usable groups, and the numbers about all of them for the metrics row; they train `version`."""
     section = config.trainer
     used = [group for group in groups if usable(group, section.drop_no_signal)][: section.groups]
     return Batch(
@@ -217,11 +271,29 @@ def make_batch(config: RunConfig, step: int, groups: Sequence[Group], seconds: f
         tuple(t.id for group in groups for t in group.trajectories),
         {
             **describe(groups),
+            **ages(groups, version),
             "groups_used": len(used),
             "groups_no_signal": sum(not usable(group, section.drop_no_signal) for group in groups),
             "seconds_rollout": seconds,
         },
     )
+
+
+def ages(groups: Sequence[Group], version: int) -> dict[str, Any]:
+    """What a metrics row says about the versions that sampled: the oldest, and how many versions lie between an episode
+    and the policy that it trains.
+    """
+    sampled_by = [
+        next((span.version for s in t.sequences for span in s.spans if span.version is not None), version)
+        for group in groups
+        for t in group.trajectories
+    ]
+    behind = [version - number for number in sampled_by]
+    return {
+        "sampled_by": min(sampled_by, default=version),
+        "staleness_mean": _mean(behind) or 0.0,
+        "staleness_max": max(behind, default=0),
+    }
 
 
 def describe(groups: Sequence[Group]) -> dict[str, Any]:

@@ -16,12 +16,20 @@ class Tally:
     """Sums over the updates of one batch, and what was logged about each of them."""
 
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
-    gap: torch.Tensor | None = None
+    gaps: list[torch.Tensor] = field(default_factory=list)
     logs: list[Mapping[str, float]] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
 
-    def add(self, logps: torch.Tensor, entropies: torch.Tensor, recorded: torch.Tensor, mask: torch.Tensor) -> None:
-        """Fold in one micro-batch; all arguments are (rows, width), nats.
+    def add(
+        self,
+        logps: torch.Tensor,
+        entropies: torch.Tensor,
+        recorded: torch.Tensor,
+        mask: torch.Tensor,
+        fresh: bool = True,
+    ) -> None:
+        """Fold in one micro-batch; tensors are (rows, width), nats. `fresh`: before the first update of the batch, when
+        policy and behaviour are the same but for what sampler and trainer compute differently.
 
         kl is the k3 estimate (joschu.net/blog/kl-approx.html) of KL(behaviour || policy): r - 1 - log r, r the ratio
         of policy to behaviour at tokens that the behaviour sampled.
@@ -33,17 +41,16 @@ class Tally:
             "kl": ((torch.expm1(difference) - difference) * mask).sum().double(),
         }
         self.sums = {name: value + self.sums.get(name, 0.0) for name, value in new.items()}
-        if difference.numel():
-            most = difference.abs().max()
-            self.gap = most if self.gap is None else torch.maximum(self.gap, most)
+        if fresh:
+            self.gaps.append(difference[mask.bool()].abs())
 
     def read(self) -> dict[str, float]:
-        """Means a token, the largest |policy - recorded|, seconds since the start, and means of what TRL logged."""
+        """Means a token, |policy - recorded| at fresh tokens, seconds since the start, and means of what TRL logged."""
         tokens = float(self.sums.get("tokens", 0.0))
         values = {
             "entropy": float(self.sums.get("entropy", 0.0)) / max(tokens, 1.0),
             "kl": float(self.sums.get("kl", 0.0)) / max(tokens, 1.0),
-            "logprob_gap": 0.0 if self.gap is None else float(self.gap),
+            **self._gap(),
             "trained_tokens": int(tokens),
         }
         for name in sorted({name for logs in self.logs for name in logs} - _NOT_OURS):
@@ -52,3 +59,15 @@ class Tally:
                 values["kl_reference" if name == "kl" else name] = sum(seen) / len(seen)
         values["seconds_train"] = time.perf_counter() - self.started
         return values
+
+    def _gap(self) -> dict[str, float]:
+        """The distribution of |policy - recorded|: largest, mean, and the value that one token in a hundred exceeds."""
+        seen = torch.cat(self.gaps) if self.gaps else torch.zeros(0)
+        if not seen.numel():
+            return {"logprob_gap": 0.0, "logprob_gap_mean": 0.0, "logprob_gap_p99": 0.0}
+        rank = max(1, round(0.99 * seen.numel()))
+        return {
+            "logprob_gap": float(seen.max()),
+            "logprob_gap_mean": float(seen.mean()),
+            "logprob_gap_p99": float(seen.kthvalue(rank).values),
+        }

@@ -105,7 +105,7 @@ def test_every_loss_learns_and_does_not_depend_on_the_cut(base, make_rows, tmp_p
         "filler": [[*rows[:6], filler, filler], rows[6:], [filler]],
     }
     for name, cut in cuts.items():
-        window = Window([collate(part, 0, CPU) for part in cut], trained, len(rows), True, Batch(1, ()))
+        window = Window([collate(part, 0, CPU) for part in cut], trained, len(rows), True, True, Batch(1, ()))
         cut_value, cut_grad = gradient(trainer, window=window)
         assert changed(cut_grad, whole) < 1e-5, name
         assert cut_value == pytest.approx(value, rel=1e-5, abs=1e-7), name
@@ -148,7 +148,8 @@ def test_control_without_the_weights_the_cut_changes_the_gradient(base, make_row
     _, whole = gradient(trainer, rows)
     monkeypatch.setattr(OnlineGRPOTrainer, "_weight", lambda self, tokens, rows, window: 1 / len(window.micro))
     cut = [rows[:1], rows[1:4], rows[4:]]
-    window = Window([collate(p, 0, CPU) for p in cut], sum(r.trained for r in rows), len(rows), True, Batch(1, ()))
+    micro, tokens = [collate(p, 0, CPU) for p in cut], sum(r.trained for r in rows)
+    window = Window(micro, tokens, len(rows), True, True, Batch(1, ()))
     _, cut = gradient(trainer, window=window)
     assert changed(cut, whole) > 1e-3
 

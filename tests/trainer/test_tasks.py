@@ -72,11 +72,15 @@ def test_alarms():
         "kl": {"kl": 3.0},
         "length": {"sampled_tokens_mean": 50.0},
         "invalid_calls": {"invalid_call_share": 0.95},
+        "logprob_gap": {"logprob_gap_mean": 0.2},
     }
     for name, values in wrong.items():
         [alarm] = check(row(**values), section, 10.0)
         assert alarm.alarm == name
         assert alarm.message.startswith("step 4: ")
+        assert alarm.stops == (name == "logprob_gap")
+        assert check(row(**values), AlarmSection(stop=True), 10.0)[0].stops
+    assert check(row(logprob_gap_mean=0.2), section, 10.0, older=True) == []
     assert [a.alarm for a in check(row(**{k: v for d in wrong.values() for k, v in d.items()}), section, 10.0)] == list(
         wrong
     )
