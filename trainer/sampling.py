@@ -20,7 +20,7 @@ from ..rollouts.recipe import env_recipe
 from ..rollouts.render import make_renderer
 from ..rollouts.runner import RolloutRunner
 from ..rollouts.samplers.base import Sampler
-from ..rollouts.samplers.vllm_limits import INSTALL_VLLM, cpu_environment, server_options
+from ..rollouts.samplers.vllm_limits import INSTALL_VLLM, check_base, cpu_environment, server_options
 from ..rollouts.samplers.vllm_process import VllmProcess
 from ..rollouts.samplers.vllm_server import VllmServerSampler
 from ..rollouts.store import TrajectoryStore
@@ -47,6 +47,7 @@ def make_sampler(config: RunConfig, base: Path, device: str | None = None) -> Sa
     if find_spec("vllm") is None:
         raise UserError(f'sampler.kind = "{section.kind}" needs vLLM, which is not installed: {INSTALL_VLLM}')
     if section.kind == "vllm-server":
+        check_base(base, place)
         options = server_options(
             **sizes,
             rank=rank,

@@ -47,7 +47,7 @@ from ..types import PolicyVersion
 from .base import PUBLISH_SECONDS, Sample, SampleRequest, SamplerError
 from .identity import cache_salt
 from .versions import VersionTable, check_files
-from .vllm_limits import check_adapter, cpu_environment, served_rank
+from .vllm_limits import check_adapter, check_base, cpu_environment, served_rank
 
 T = TypeVar("T")
 
@@ -117,6 +117,7 @@ class VllmSampler:
             "disable_log_stats": True,
             **({} if device == "cpu" else {"gpu_memory_utilization": memory}),
         }
+        check_base(self._base, device)
         self._secret = secrets.token_bytes(32)
         try:
             self._base_digest = folder_digest(self._base)

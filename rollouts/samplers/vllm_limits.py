@@ -13,6 +13,9 @@ INSTALL_VLLM = "pip install 'espalier[vllm]' on a machine with an NVIDIA card, m
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The largest adapter ranks that vLLM can be started with."""
 
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Of vLLM 0.32's attention on the CPU; with another size it starts, and dies at the first request."""
+
 
 def served_rank(rank: int) -> int:
     """The smallest rank to start vLLM with that serves adapters of `rank`. Raises `SamplerError` when none does."""
@@ -35,6 +38,18 @@ def check_adapter(folder: Path, rank: int) -> None:
         raise SamplerError(f"adapter {folder} is more than plain LoRA, which is all that vLLM serves.")
     if config.get("modules_to_save"):
         raise SamplerError(f"adapter {folder} replaces whole modules, which vLLM does not serve; train plain LoRA.")
+
+
+def check_base(base: Path, device: str) -> None:
+    """Raise `SamplerError` for a base that vLLM starts with on this device, and then dies of."""
+    try:
+        config: dict[str, Any] = json.loads((base / "config.json").read_text("utf-8"))
+        size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+        return  # vLLM says itself what it thinks of it
+    if device == "cpu" and size not in CPU_HEAD_SIZES:
+        sizes = ", ".join(map(str, CPU_HEAD_SIZES))
+        raise SamplerError(f"vLLM's attention on the CPU takes heads of {sizes}, but {base} has {size}.")
 
 
 def cpu_environment(threads: int, cache_gb: int) -> dict[str, str]:

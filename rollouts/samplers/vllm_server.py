@@ -346,6 +346,8 @@ class VllmServerSampler:
             raise _Away(f"status {answer.status_code}")
         if answer.status_code == 404:
             raise _Unknown
+        if answer.status_code == 500 and "EngineCore" in answer.text:  # its engine died, and it is about to
+            raise _Away(_message(answer))
         if answer.status_code >= 400:
             raise SamplerError(
                 f"the vLLM server refused {path}: {_message(answer)}", retryable=answer.status_code >= 500

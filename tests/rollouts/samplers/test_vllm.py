@@ -301,9 +301,26 @@ def test_a_model_that_vllm_cannot_serve_is_one_sentence(tmp_path: Path) -> None:
         VllmSampler(tmp_path / "nowhere")
     with pytest.raises(SamplerError, match="rank 512"):
         VllmSampler(tmp_path, rank=1000)
+    small_heads = small.make_base(tmp_path / "small", head_dim=16)
+    with pytest.raises(SamplerError, match="heads of 32"):
+        VllmSampler(small_heads)
     (tmp_path / "config.json").write_text('{"model_type": "nonsense"}')
     with pytest.raises(SamplerError, match="vLLM could not be started"):
         VllmSampler(tmp_path, slots=4, max_tokens=200)
+
+
+async def test_a_servers_engine_that_dies_alone_is_started_again_too(served) -> None:
+    if not isinstance(served, VllmServerSampler):
+        pytest.skip("about the server")
+    restarts = served.stats()["restarts"]
+    patient = [asyncio.create_task(served.sample(ask(range(1, 9), 1, 500, deadline_s=300.0))) for _ in range(4)]
+    await asyncio.sleep(0.1)
+    engines = [p for p in psutil.Process(served._process.pid).children(recursive=True) if "VLLM" in p.name()]
+    assert engines
+    for process in engines:
+        process.kill()
+    assert [len(sample.tokens) for sample in await asyncio.gather(*patient)] == [500] * 4
+    assert served.stats()["restarts"] == restarts + 1, "the fault was met"
 
 
 @pytest.mark.parametrize(
