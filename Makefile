@@ -21,7 +21,7 @@ SHELL = /bin/sh
 # The folders espalier/, envs/, ... at the root must never shadow the installed package, here or in child processes.
 export PYTHONSAFEPATH = 1
 
-.PHONY: help demo venv dev venv-vllm test test-long test-vllm lint clean
+.PHONY: help demo venv dev venv-vllm test test-long test-vllm test-vllm-long lint clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^The folders/,$$d'
@@ -66,7 +66,10 @@ $(VENV_VLLM)/.installed: pyproject.toml
 	@touch $@
 
 test-vllm: $(VENV_VLLM)/.installed
-	OMP_NUM_THREADS=1 $(VENV_VLLM)/bin/python -m pytest -m vllm $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(VENV_VLLM)/bin/python -m pytest -m "vllm and not long" $(PYTEST_FLAGS)
+
+test-vllm-long: $(VENV_VLLM)/.installed
+	OMP_NUM_THREADS=1 $(VENV_VLLM)/bin/python -m pytest -m "vllm and long" $(PYTEST_FLAGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -54,8 +54,8 @@ class Recipe:
     kv_heads: int = 4
     feed_forward: int = 384
     merges: int = 1024
-    demonstrations: int = 24_000
-    steps: int = 2_400
+    demonstrations: int = 28_000
+    steps: int = 2_800
     early_steps: int = 800
     early_copies: float = 0.8
     """Share of demonstrations that copy a word, in the first `early_steps`."""

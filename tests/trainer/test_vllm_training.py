@@ -35,6 +35,7 @@ def test_a_run_learns_with_vllm_and_its_log_probabilities_are_the_trainers(toy_b
     store.close()
 
 
+@pytest.mark.long
 def test_an_engine_killed_in_the_middle_costs_no_run(toy_base, tmp_path):
     """Killed once while it samples: the engine is started again, every episode ends once, training goes on."""
     killed = []
@@ -66,6 +67,7 @@ def test_an_engine_killed_in_the_middle_costs_no_run(toy_base, tmp_path):
         assert row["episodes"] >= 16 and set(row["failures"]) <= {"sampler"}
 
 
+@pytest.mark.long
 def test_the_shipped_config_runs_on_vllm(tmp_path):
     """The tiny spreadsheet policy: same config, another sampler."""
     overrides = ["--sampler.kind", "vllm", "--sampler.eager", "true", "--trainer.steps", "1", "--trainer.groups", "2"]

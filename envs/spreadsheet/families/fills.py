@@ -125,7 +125,7 @@ def draw_lookup(rng: random.Random, split: Split) -> Parts:
     values = [asked, related] if rng.random() < 0.6 else [asked]
     rng.shuffle(values)
     keys = words.KEYS[key_header]
-    top, left = rng.randint(1, 3), rng.randint(1, 3)
+    top, left = rng.randint(1, 3), 1  # in column A, so that the index can be read off the letter
     area = Rect(top + 1, left, top + len(keys), left + len(values))
     sketch = Sketch(
         "lookup",

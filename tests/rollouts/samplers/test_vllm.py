@@ -264,6 +264,7 @@ async def test_a_server_that_dies_is_started_again_and_its_requests_are_answered
     assert served._table.held == {}
 
 
+@pytest.mark.long
 async def test_an_engine_that_keeps_failing_is_given_up_aloud(base, adapters, monkeypatch) -> None:
     monkeypatch.setattr("espalier.rollouts.samplers.vllm.RESTARTS", 0)
     sampler = VllmSampler(base, slots=4, max_versions=2, max_tokens=200, rank=8)
@@ -309,6 +310,7 @@ def test_a_model_that_vllm_cannot_serve_is_one_sentence(tmp_path: Path) -> None:
         VllmSampler(tmp_path, slots=4, max_tokens=200)
 
 
+@pytest.mark.long
 async def test_a_servers_engine_that_dies_alone_is_started_again_too(served) -> None:
     if not isinstance(served, VllmServerSampler):
         pytest.skip("about the server")
@@ -323,6 +325,7 @@ async def test_a_servers_engine_that_dies_alone_is_started_again_too(served) -> 
     assert served.stats()["restarts"] == restarts + 1, "the fault was met"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("left_out", "max_tokens", "said"),
     [("--logprobs-mode=processed_logprobs", 600, "--logprobs-mode"), ("", 5000, "--max-model-len 5000")],
