@@ -3,7 +3,8 @@
 Always true: both get the same prompts, the same adapter, the same limits, and give a log-probability for each token
 that they sample; no prompt is met twice, so nothing is cached from an earlier round; contenders alternate within one
 run, each at the thread setting that this run's sweep found best for it. `generate` runs with the adapter merged and
-unmerged, and its better form counts. Only tokens up to an episode's stop token count.
+unmerged, and its better form counts. Only tokens up to an episode's stop token count. Where vLLM is installed it is a
+contender too, the real one, with the adapter loaded beside its base.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,7 +29,7 @@ from espalier.configs.load import load
 from espalier.rollouts.digest import folder_digest
 from espalier.rollouts.render import make_renderer
 from espalier.rollouts.runner import env_factory
-from espalier.rollouts.samplers.base import Sample, SampleRequest
+from espalier.rollouts.samplers.base import Sample, Sampler, SampleRequest
 from espalier.rollouts.samplers.torch import TorchSampler
 from espalier.rollouts.types import PolicyVersion
 from espalier.trainer import tasks as tasklists
@@ -97,11 +99,20 @@ def shipped_policy() -> Policy:
 
 
 class Contenders:
-    """The sampler, one for each thread setting, and the two forms of the model for `generate`."""
+    """The samplers, one for each thread setting, and the two forms of the model for `generate`."""
 
     def __init__(self, policy: Policy, adapter: Path, threads: Sequence[int], device: str) -> None:
         self.policy, self.threads, self._device = policy, tuple(threads), device
-        self._samplers = {n: TorchSampler(policy.base, slots=SLOTS, threads=n, device=device) for n in threads}
+        self._samplers: dict[tuple[str, int], Sampler] = {
+            ("embedded", n): TorchSampler(policy.base, slots=SLOTS, threads=n, device=device) for n in threads
+        }
+        if find_spec("vllm") is not None:
+            from espalier.rollouts.samplers.vllm import VllmSampler
+
+            for n in threads:
+                self._samplers["vllm", n] = VllmSampler(
+                    policy.base, slots=SLOTS, threads=n, max_tokens=512, rank=16, device=device, eager=device == "cpu"
+                )
         self.unmerged = _with_adapter(policy.base, adapter, device)
         merged: Any = _with_adapter(policy.base, adapter, device)
         self.merged: PreTrainedModel = merged.merge_and_unload().eval()
@@ -121,9 +132,14 @@ class Contenders:
         drawn = itertools.islice(self.policy.prompts, case.groups)
         return [prompt for prompt in drawn for _ in range(case.group)]
 
-    def embedded(self, case: Case, prompts: list[Prompt], threads: int) -> tuple[float, list[Sample]]:
-        """Tokens per second, and the samples."""
-        sampler = self._samplers[threads]
+    @property
+    def names(self) -> list[str]:
+        """Which samplers there are."""
+        return list(dict.fromkeys(name for name, _ in self._samplers))
+
+    def sampler(self, name: str, case: Case, prompts: list[Prompt], threads: int) -> tuple[float, list[Sample]]:
+        """Tokens per second of a sampler, and the samples."""
+        sampler = self._samplers[name, threads]
         stop, most = ((), case.fixed) if case.fixed else (self.policy.stop, self.policy.max_tokens)
         samples: list[Sample | None] = [None] * len(prompts)
         todo = iter(enumerate(prompts))
@@ -215,8 +231,11 @@ def compare(contenders: Contenders, case: Case, rounds: int) -> dict[str, Any]:
     def generate(model: Any, threads: int) -> float:
         return contenders.generate(case, contenders.episodes(case), threads, model)
 
+    def sampler(name: str, threads: int) -> float:
+        return contenders.sampler(name, case, contenders.episodes(case), threads)[0]
+
     forms: dict[str, Callable[[int], float]] = {
-        "embedded": lambda threads: contenders.embedded(case, contenders.episodes(case), threads)[0],
+        **{name: partial(sampler, name) for name in contenders.names},
         "generate_merged": partial(generate, contenders.merged),
         "generate_adapter": partial(generate, contenders.unmerged),
     }
@@ -245,12 +264,15 @@ def measure(
         figures[f"tok_s_embedded_{case.name}"] = middle["embedded"]
         figures[f"tok_s_generate_{case.name}"] = max(middle["generate_merged"], middle["generate_adapter"])
         figures[f"ratio_generate_{case.name}"] = middle["embedded"] / figures[f"tok_s_generate_{case.name}"]
+        if "vllm" in middle:
+            figures[f"tok_s_vllm_{case.name}"] = middle["vllm"]
+            figures[f"ratio_vllm_{case.name}"] = middle["embedded"] / middle["vllm"]
         print(
             f"{case.name:>12}: " + ", ".join(f"{name} {speed:,.0f} tok/s" for name, speed in middle.items()), flush=True
         )
     case = next(case for case in cases if case.name == "64")
     prompts = contenders.episodes(case)
-    samples = contenders.embedded(case, prompts, contenders.threads[0])[1]
+    samples = contenders.sampler("embedded", case, prompts, contenders.threads[0])[1]
     figures["logprob_max_diff"] = contenders.largest_difference(prompts, samples)
     figures["prompt_tokens_mean"] = sum(map(len, prompts)) / len(prompts)
     figures["sampled_tokens_mean"] = sum(len(sample.tokens) for sample in samples) / len(samples)
@@ -274,12 +296,15 @@ def plot(figures: dict[str, float], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7.5, 4))
-    for i, (who, text) in enumerate((("generate", "transformers generate"), ("embedded", "embedded sampler"))):
+    bars = [("generate", "transformers generate"), ("embedded", "embedded sampler")]
+    bars += [("vllm", "vLLM")] if "tok_s_vllm_64" in figures else []
+    width = 0.8 / len(bars)
+    for i, (who, text) in enumerate(bars):
         heights = [figures[f"tok_s_{who}_{name}"] for name in LABELS]
-        axes.bar([x + 0.4 * i - 0.2 for x in range(len(LABELS))], heights, 0.38, label=text)
+        axes.bar([x + width * (i - (len(bars) - 1) / 2) for x in range(len(LABELS))], heights, 0.95 * width, label=text)
     for x, name in enumerate(LABELS):
-        height = figures[f"tok_s_embedded_{name}"]
-        axes.text(x + 0.2, height, f"{figures[f'ratio_generate_{name}']:.1f}x", ha="center", va="bottom")
+        height, place = figures[f"tok_s_embedded_{name}"], x + width * (1 - (len(bars) - 1) / 2)
+        axes.text(place, height, f"{figures[f'ratio_generate_{name}']:.1f}x", ha="center", va="bottom")
     axes.set_xticks(range(len(LABELS)), list(LABELS.values()))
     axes.set_xlabel("episodes at once")
     axes.set_ylabel("sampled tokens per second")
@@ -297,10 +322,12 @@ def report(figures: dict[str, float], runs: Sequence[dict[str, Any]], rounds: in
     for run in runs:
         name = run["case"]
         form = max(("generate_merged", "generate_adapter"), key=lambda form: median(run["tok_s"][form]))
+        vllm = f"{figures[f'tok_s_vllm_{name}']:,.0f} ({run['threads']['vllm']})" if "vllm" in run["tok_s"] else "-"
         rows.append(
             f"| {LABELS[name].replace(chr(10), ' ')} | {figures[f'tok_s_embedded_{name}']:,.0f} "
-            f"| {figures[f'tok_s_generate_{name}']:,.0f} | {figures[f'ratio_generate_{name}']:.1f} "
-            f"| {run['threads']['embedded']} | {run['threads'][form]}, {form.removeprefix('generate_')} |"
+            f"({run['threads']['embedded']}) | {figures[f'tok_s_generate_{name}']:,.0f} "
+            f"({run['threads'][form]}, {form.removeprefix('generate_')}) | {figures[f'ratio_generate_{name}']:.1f} "
+            f"| {vllm} |"
         )
     table = "\n".join(rows)
     place = machine["gpu"] if device == "cuda" else machine["cpu"]
@@ -309,8 +336,8 @@ def report(figures: dict[str, float], runs: Sequence[dict[str, Any]], rounds: in
 Sampled tokens per second, medians of {rounds} rounds, contenders alternating in one run on one machine
 ({place}, {machine["cores"]} cores, {machine["system"]}), float32, device {device}.
 
-| episodes at once | embedded | generate | ratio | threads | generate's threads, form |
-|---|---|---|---|---|---|
+| episodes at once | embedded (threads) | generate (threads, form) | embedded : generate | vLLM (threads) |
+|---|---|---|---|---|
 {table}
 
 ![tokens per second](plot.png)

@@ -18,33 +18,26 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any, TypedDict
 
 import _bench
+from _curves import EVALUATION_SEED, Point, pass1, time_to
 from espalier.configs.load import load
 from espalier.configs.schema import RunConfig
 from espalier.rollouts.digest import folder_digest
-from espalier.rollouts.types import PolicyVersion
-from espalier.trainer import tasks as tasklists
 from espalier.trainer.errors import UserError
 from espalier.trainer.policy import resolve_base
-from espalier.trainer.rounds import open_rollouts
 
 HERE = Path(__file__).resolve().parent
 NAMES = {"espalier": "Espalier", "trl": "stock TRL"}
-EVALUATION_SEED = 0
 START_SECONDS = 900.0
 """Longest set-up of a contender (it generates its training tasks), beyond its training time."""
 
 CLAIM = "Espalier reaches the target pass@1 in at most a third of the training time of stock TRL."
 
 Settings = dict[str, int]
-Point = tuple[float, float]
-"""Seconds of training, pass@1."""
-
 SWEEPS: dict[str, list[Settings]] = {
     "espalier": [{"sampler": s, "trainer": t} for s, t in ((1, 1), (1, 2), (2, 2))],
     "trl": [{"threads": n, "rows": 32, "at_once": at_once} for n in (1, 2) for at_once in (64, 256)],
@@ -208,18 +201,7 @@ def measure(bench: _bench.Bench, plan: Plan, adapters: Sequence[Path | None], ke
 
     def run() -> list[float]:
         config = plan.config("--name", "evaluation", "--seed", str(EVALUATION_SEED))
-        tasks = tasklists.load(config.env, "test", EVALUATION_SEED, plan.tasks)
-        work = bench.arms / "work" / "evaluation"
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        found = []
-        with open_rollouts(config, plan.base, tasks, work) as side:
-            for number, folder in enumerate(adapters, 1):
-                place = folder or plan.base
-                version = PolicyVersion(number if folder else 0, folder_digest(place), place, str(plan.base))
-                side.publish(version)
-                found.append(side.evaluate(tasks, version.number, number, greedy=False).pass1)
-        return found
+        return pass1(config, plan.base, adapters, plan.tasks, bench.arms / "work" / "evaluation")
 
     what = {"what": "pass@1", "tasks": plan.tasks, "base": folder_digest(plan.base), **key}
     return bench.arm({**what, "config": _without_places(plan.config())}, run)
@@ -232,16 +214,6 @@ def curve(bench: _bench.Bench, plan: Plan, arm: Arm, base_pass1: float) -> list[
     found = dict(zip(trained, measure(bench, plan, list(trained.values()), key), strict=True)) if trained else {}
     seconds = {row["step"]: row["seconds"] for row in arm.steps}
     return [(0.0, base_pass1), *((seconds[step], found.get(step, base_pass1)) for step in arm.adapters)]
-
-
-def time_to(points: Sequence[Point], target: float) -> float | None:
-    """Seconds at which a curve first reaches `target`, on straight lines between its points; None: never."""
-    if points[0][1] >= target:
-        return points[0][0]
-    for (start, low), (stop, high) in pairwise(points):
-        if high >= target:
-            return start + (target - low) / (high - low) * (stop - start)
-    return None
 
 
 def outcome(seed: int, curves: dict[str, list[Point]]) -> Outcome:

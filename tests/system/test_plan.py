@@ -75,9 +75,13 @@ def test_the_kept_tokens_are_the_samplers():
 def test_the_shipped_4b_run_fits_an_80_gb_card_and_what_is_too_large_does_not():
     config = load("spreadsheet-qwen3-4b")
     card = 80 * 2**30
-    assert sum(part.bytes for part in memory(config, KNOWN["Qwen/Qwen3-4B"])) < card
-    large = load("spreadsheet-qwen3-4b", ["--sampler.slots", "16"])
-    assert sum(part.bytes for part in memory(large, KNOWN["Qwen/Qwen3-4B"])) > card
+    assert sum(part.bytes for part in memory(config, KNOWN["Qwen/Qwen3-4B"], card)) < card
+    large = load("spreadsheet-qwen3-4b", ["--sampler.gpu_memory", "0.8"])
+    assert sum(part.bytes for part in memory(large, KNOWN["Qwen/Qwen3-4B"], card)) > card
+    embedded = ["--sampler.kind", "torch", "--sampler.max_versions", "2", "--sampler.slots"]
+    for slots, fits in (("4", True), ("16", False)):
+        config = load("spreadsheet-qwen3-4b", [*embedded, slots])
+        assert (sum(part.bytes for part in memory(config, KNOWN["Qwen/Qwen3-4B"], card)) < card) == fits
 
 
 def part(config, name):
@@ -86,11 +90,10 @@ def part(config, name):
 
 
 def test_each_part_moves_with_what_it_is_made_of():
-    config = load("spreadsheet-qwen3-4b")
-
     def more(*overrides):
-        return load("spreadsheet-qwen3-4b", list(overrides))
+        return load("spreadsheet-qwen3-4b", ["--sampler.kind", "torch", *overrides])
 
+    config = more()
     slots = config.sampler.slots
     assert part(more("--sampler.slots", str(2 * slots)), "sampler's KV") == 2 * part(config, "sampler's KV")
     assert part(more("--policy.gradient_checkpointing", "false"), "activations") > 10 * part(config, "activations")
@@ -98,6 +101,20 @@ def test_each_part_moves_with_what_it_is_made_of():
     assert part(more("--policy.quantization", "4bit"), "trainer's base") < 0.5 * part(config, "trainer's base")
     rank = config.policy.lora.rank
     assert part(more("--policy.lora.rank", str(2 * rank)), "LoRA") == 2 * part(config, "LoRA")
+
+
+def test_vllm_takes_its_share_of_a_card_and_what_it_needs_on_the_cpu():
+    shape, card = KNOWN["Qwen/Qwen3-4B"], 80e9
+    config = load("spreadsheet-qwen3-4b")
+
+    def parts(config, room):
+        return {part.name: part.bytes for part in memory(config, shape, room) if "vLLM" in part.name}
+
+    assert parts(config, card) == {"vLLM": config.sampler.gpu_memory * card}
+    on_cpu = parts(config, 0.0)
+    assert on_cpu["vLLM's base"] == 2 * shape.parameters() and on_cpu["vLLM's KV cache"] == 2**30
+    elsewhere = load("spreadsheet-qwen3-4b", ["--sampler.kind", "vllm-server", "--sampler.url", "http://host:8000"])
+    assert parts(elsewhere, card) == {}
 
 
 def model_folder(tmp_path, **index):

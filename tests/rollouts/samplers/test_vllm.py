@@ -6,7 +6,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import runpy
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -24,6 +27,7 @@ from transformers import Qwen3ForCausalLM
 vllm = pytest.importorskip("vllm", reason="needs vLLM: make test-vllm sets it up in an environment of its own")
 
 from espalier.rollouts.samplers.vllm import VllmSampler  # noqa: E402
+from vllm.lora.request import LoRARequest  # noqa: E402
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 LONG = tuple(range(1, 91)) * 3
@@ -354,3 +358,85 @@ def test_a_server_that_cannot_start_says_why(tmp_path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "nonsense"}')
     with pytest.raises(SamplerError, match="ended before it was ready"):
         VllmProcess(tmp_path, OPTIONS, cpu_environment(1, 1), tmp_path / "log")
+
+
+PROBE = runpy.run_path(str(Path(__file__).parents[3] / "results" / "hotswap" / "probe.py"))
+"""The adapters of the benchmark of swaps: each says a token of its own, through the cached prompt alone."""
+
+
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("probes")
+    base = PROBE["make_base"](folder / "base")
+    made = VllmSampler(base, slots=4, max_versions=2, max_tokens=600, rank=1)
+    yield made, base, folder
+    asyncio.run(made.close())
+
+
+async def answer(sampler: VllmSampler, version: int) -> int:
+    asked = ask(PROBE["prompt"](), version, 1, params=SamplingParams(temperature=0.0))
+    return (await sampler.sample(asked)).tokens[0]
+
+
+async def test_100_swaps_on_a_hot_prefix_leave_nothing_stale(probed) -> None:
+    sampler, base, folder = probed
+    for number in range(1, 101):
+        adapter = PROBE["make_adapter"](base, folder / str(number), 3 + number)
+        await sampler.publish(small.version(number, adapter, base))
+        assert [await answer(sampler, number) for _ in range(2)] == [3 + number] * 2
+    assert sampler.stats()["tokens_reused"] >= 100 * 256, "the prefix was hot"
+
+
+async def test_control_the_same_path_overwritten_answers_with_the_old_cache(probed, monkeypatch) -> None:
+    """What the sampler never does, done behind its back: same name and path, other bytes, loaded in place; no salt."""
+    sampler, base, folder = probed
+    monkeypatch.setattr("espalier.rollouts.samplers.vllm.cache_salt", lambda *_: "the same for all")
+    path = PROBE["make_adapter"](base, folder / "overwritten", 7)
+    await sampler.publish(small.version(200, path, base))
+    assert await answer(sampler, 200) == 7
+    other = PROBE["make_adapter"](base, folder / "other", 9)
+    (path / "adapter_model.safetensors").write_bytes((other / "adapter_model.safetensors").read_bytes())
+    adapter = sampler._table.resident[200].adapter
+    again = LoRARequest(adapter.lora_name, adapter.lora_int_id, adapter.lora_path, load_inplace=True)
+    await asyncio.wrap_future(sampler._submit(sampler._engine.add_lora(again)))
+    assert await answer(sampler, 200) == 7, "stale: the new weights say 9"
+
+
+OWNER = """
+import sys, time
+from pathlib import Path
+import psutil
+if __name__ == "__main__":
+    base, log = Path(sys.argv[2]), Path(sys.argv[3])
+    if sys.argv[1] == "engine":
+        from espalier.rollouts.samplers.vllm import VllmSampler
+        sampler = VllmSampler(base, slots=4, max_tokens=200)
+    else:
+        from espalier.rollouts.samplers.vllm_limits import cpu_environment, server_options
+        from espalier.rollouts.samplers.vllm_process import VllmProcess
+        options = server_options(
+            slots=4, max_versions=2, max_tokens=200, rank=8, dtype="float32", memory=None, eager=True, seed=0
+        )
+        process = VllmProcess(base, options, cpu_environment(1, 1), log)
+    print(*(child.pid for child in psutil.Process().children(recursive=True)), flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["engine", "server"])
+def test_nothing_outlives_an_owner_that_was_killed(base, tmp_path, kind) -> None:
+    script = tmp_path / "owner.py"
+    script.write_text(OWNER)
+    command = [sys.executable, "-P", str(script), kind, str(base), str(tmp_path / "log")]
+    owner = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    children = []
+    while not children:
+        line = owner.stdout.readline()
+        assert line, "the owner ended by itself"
+        words = line.split()
+        children = [psutil.Process(int(word)) for word in words] if words and all(map(str.isdigit, words)) else []
+    os.kill(owner.pid, signal.SIGKILL)
+    owner.wait(20)
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
