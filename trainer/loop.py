@@ -246,6 +246,8 @@ class Run:
             self.recorder.emit("phase", phase="training")
             self.trainer.train()
             self._commit()
+        if self.side is not None:
+            self.side.abandon()
         chosen = self.progress.version
         if self.progress.stopped == "early_stop" and self.progress.best_version is not None:
             chosen = self.progress.best_version

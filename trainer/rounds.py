@@ -93,6 +93,12 @@ class RolloutSide:
         finally:
             del self._begun[future]
 
+    def abandon(self) -> None:
+        """End what was begun and nobody will wait for any more; unfinished groups are not stored."""
+        for future in self._begun:
+            future.cancel()
+        self._begun.clear()
+
     async def _chain(
         self, chain: Sequence[GroupSpec], version: int | None, enough: Callable[[Group], bool]
     ) -> list[Group]:
@@ -119,8 +125,7 @@ class RolloutSide:
     def close(self) -> None:
         """Stop sampling and close the environments and the store."""
         try:
-            for future in self._begun:
-                future.cancel()
+            self.abandon()
             self._loop.call(self._runner.close(), SLACK_SECONDS)
             self._loop.call(self._sampler.close(), SLACK_SECONDS)
         finally:

@@ -46,6 +46,7 @@ from ..digest import folder_digest
 from ..types import PolicyVersion
 from .base import PUBLISH_SECONDS, Sample, SampleRequest, SamplerError
 from .identity import cache_salt
+from .orphans import Guard
 from .versions import VersionTable, check_files
 from .vllm_limits import check_adapter, check_base, cpu_environment, served_rank
 
@@ -113,6 +114,7 @@ class VllmSampler:
             "logprobs_mode": "processed_logprobs",
             "enable_prefix_caching": True,
             "enforce_eager": eager,
+            "skip_tokenizer_init": True,  # ids in, ids out
             "enable_log_requests": False,
             "disable_log_stats": True,
             **({} if device == "cpu" else {"gpu_memory_utilization": memory}),
@@ -131,6 +133,7 @@ class VllmSampler:
         self._broken: str | None = None
         self._engine: AsyncLLM | None = None
         self._children: list[psutil.Process] = []
+        self._guard = Guard()
         self._loop = asyncio.new_event_loop()
         self._up = asyncio.Event()
         self._restart: asyncio.Task[None] | None = None
@@ -143,6 +146,7 @@ class VllmSampler:
             self._loop.call_soon_threadsafe(self._up.set)
         except BaseException as error:
             self._stop_loop()
+            self._guard.close()
             if isinstance(error, Exception):
                 raise SamplerError(f"vLLM could not be started: {_said(error)}") from error
             raise
@@ -328,6 +332,7 @@ class VllmSampler:
             arguments = AsyncEngineArgs(**self._arguments)
             self._engine = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
         self._children = [child for child in psutil.Process().children(recursive=True) if child not in before]
+        self._guard.watch(self._children)
 
     def _on_death(self, engine: AsyncLLM, error: BaseException) -> None:
         if engine is self._engine and self._restart is None and self._broken is None:
@@ -396,6 +401,7 @@ class VllmSampler:
         self._table.clear()
         await asyncio.wait_for(asyncio.wrap_future(self._submit(self._close())), 2 * STOP_SECONDS)
         self._stop_loop()
+        self._guard.close()
 
     async def _close(self) -> None:
         others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]

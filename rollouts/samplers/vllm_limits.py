@@ -47,9 +47,16 @@ def check_base(base: Path, device: str) -> None:
         size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
         return  # vLLM says itself what it thinks of it
-    if device == "cpu" and size not in CPU_HEAD_SIZES:
+    if device != "cpu":
+        return
+    if size not in CPU_HEAD_SIZES:
         sizes = ", ".join(map(str, CPU_HEAD_SIZES))
         raise SamplerError(f"vLLM's attention on the CPU takes heads of {sizes}, but {base} has {size}.")
+    if any(config.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        raise SamplerError(
+            f"{base} is a mixture of experts, for which vLLM's CPU build has no adapters (their kernels need Triton); "
+            "serve it on a GPU."
+        )
 
 
 def cpu_environment(threads: int, cache_gb: int) -> dict[str, str]:
