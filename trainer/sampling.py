@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from ..configs.schema import RunConfig
 from ..envs.core import Task
@@ -36,7 +37,11 @@ def make_sampler(config: RunConfig, base: Path, device: str | None = None) -> Sa
     from .model import resolve_device
 
     section, place = config.sampler, device or resolve_device(config.policy.device)
-    sizes = {"slots": section.slots, "max_versions": section.max_versions, "max_tokens": config.episode.max_tokens}
+    sizes: dict[str, Any] = {
+        "slots": section.slots,
+        "max_versions": section.max_versions,
+        "max_tokens": config.episode.max_tokens,
+    }
     if section.kind == "torch":
         from ..rollouts.samplers.torch import TorchSampler
 

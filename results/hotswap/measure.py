@@ -122,7 +122,8 @@ def token_of(number: int) -> int:
 
 def split(seen: Seen) -> tuple[list[float], list[float]]:
     """Times to first token of requests begun within a window, and of the others. Seconds."""
-    within, outside = [], []
+    within: list[float] = []
+    outside: list[float] = []
     for began, seconds in seen.first:
         inside = any(start <= began <= end for start, end in seen.windows)
         (within if inside else outside).append(seconds)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -54,9 +55,9 @@ def make_adapter(base: Path, folder: Path, token: int) -> Path:
     """A PEFT adapter with which `prompt()` is answered by `token`. Raises `ValueError` when it is not, by transformers'
     own forward.
     """
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     layer, attention = model.model.layers[0], model.model.layers[0].self_attn
-    embeddings = model.get_input_embeddings().weight
+    embeddings: torch.Tensor = model.model.embed_tokens.weight
     into = layer.input_layernorm(embeddings[REPEATED])
     repeats = model.config.num_attention_heads // model.config.num_key_value_heads
     width = attention.v_proj.out_features

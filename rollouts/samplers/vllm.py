@@ -369,7 +369,7 @@ class VllmSampler:
 
     async def _probe(self, engine: AsyncLLM) -> None:
         """End an engine that does not answer a question which it answers between two steps."""
-        if engine is not self._engine or self._restart is not None or self._probing:
+        if self._engine is None or engine is not self._engine or self._restart is not None or self._probing:
             return
         self._probing = True
         try:
