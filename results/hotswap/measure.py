@@ -37,13 +37,20 @@ VERSIONS = 4
 GREEDY = SamplingParams(temperature=0.0)
 
 
+Wanted = dict[int, tuple[int, ...]]
+"""The greedy answer of each version."""
+
+
 @dataclass
 class Seen:
-    """What the streams saw. `first`: (begin, seconds) of every request of one token."""
+    """What the streams saw. `wrong`: (version, place, token) of each answer's first wrong token; `first`: (begin,
+    seconds) of every request of one token.
+    """
 
     failed: int = 0
     stale: int = 0
     requests: int = 0
+    wrong: list[tuple[int, int, int]] = field(default_factory=list)
     first: list[tuple[float, float]] = field(default_factory=list)
     windows: list[tuple[float, float]] = field(default_factory=list)
     publish: list[float] = field(default_factory=list)
@@ -51,7 +58,7 @@ class Seen:
     memory: list[int] = field(default_factory=list)
 
 
-async def stream(sampler: VllmSampler, name: str, tokens: int, wanted: dict[int, int], seen: Seen) -> None:
+async def stream(sampler: VllmSampler, name: str, tokens: int, wanted: Wanted, seen: Seen) -> None:
     """Ask without pause; every request names the version that is the latest when it begins, and holds it."""
     number = 0
     while True:
@@ -66,7 +73,9 @@ async def stream(sampler: VllmSampler, name: str, tokens: int, wanted: dict[int,
             seen.failed += 1
             continue
         seen.requests += 1
-        seen.stale += sum(token != wanted[version] for token in sample.tokens)
+        wrong = [(version, at, token) for at, token in enumerate(sample.tokens) if token != wanted[version][at]]
+        seen.stale += len(wrong)
+        seen.wrong += wrong[:1]
         if tokens == 1:
             seen.first.append((began, time.perf_counter() - began))
 
@@ -99,10 +108,9 @@ def memory() -> int:
     return found
 
 
-async def run(sampler: VllmSampler, versions: list[PolicyVersion], pause: float) -> Seen:
+async def run(sampler: VllmSampler, versions: list[PolicyVersion], wanted: Wanted, pause: float) -> Seen:
     """All swaps under load."""
     seen = Seen()
-    wanted = {version.number: token_of(version.number) for version in versions}
     await sampler.publish(versions[0])
     lengths = [LONG] * LONG_STREAMS + [1] * (STREAMS - LONG_STREAMS)
     streams = [asyncio.create_task(stream(sampler, f"s{i}", n, wanted, seen)) for i, n in enumerate(lengths)]
@@ -153,11 +161,10 @@ def start(folder: Path, threads: int, device: str) -> VllmSampler:
     )
 
 
-async def speed(sampler: VllmSampler, version: PolicyVersion, seconds: float) -> float:
+async def speed(sampler: VllmSampler, version: PolicyVersion, wanted: Wanted, seconds: float) -> float:
     """Requests a second without swaps."""
     seen = Seen()
     await sampler.publish(version)
-    wanted = {version.number: token_of(version.number)}
     streams = [asyncio.create_task(stream(sampler, f"w{i}", 1, wanted, seen)) for i in range(STREAMS)]
     await asyncio.sleep(seconds)
     for task in streams:
@@ -166,12 +173,12 @@ async def speed(sampler: VllmSampler, version: PolicyVersion, seconds: float) ->
     return seen.requests / seconds
 
 
-def best_threads(base: Path, version: PolicyVersion, device: str) -> tuple[int, dict[int, float]]:
+def best_threads(base: Path, version: PolicyVersion, wanted: Wanted, device: str) -> tuple[int, dict[int, float]]:
     """The thread setting with most requests a second, one engine each (a setting is an engine's for life)."""
     found = {}
     for threads in THREADS:
         sampler = start(base, threads, device)
-        found[threads] = asyncio.run(speed(sampler, version, 10.0))
+        found[threads] = asyncio.run(speed(sampler, version, wanted, 10.0))
         asyncio.run(sampler.close())
     return max(found, key=lambda threads: found[threads]), found
 
@@ -187,14 +194,15 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         base = probe.make_base(folder / "base")
-        versions = []
+        versions, wanted = [], {}
         for number in range(1, swaps + 2):
             path = probe.make_adapter(base, folder / f"v{number:06d}", token_of(number))
             versions.append(PolicyVersion(number, folder_digest(path), path, str(base)))
-        threads, sweep = (1, {}) if bench.quick else best_threads(base, versions[0], bench.device)
+            wanted[number] = probe.answer(base, path, LONG)
+        threads, sweep = (1, {}) if bench.quick else best_threads(base, versions[0], wanted, bench.device)
         sampler = start(base, threads, bench.device)
         try:
-            seen = asyncio.run(run(sampler, versions, pause))
+            seen = asyncio.run(run(sampler, versions, wanted, pause))
         finally:
             asyncio.run(sampler.close())
     within, outside = split(seen)
@@ -222,6 +230,7 @@ def main(argv: list[str] | None = None) -> None:
             "publish_ms": [1000 * seconds for seconds in seen.publish],
             "memory_mb": [bytes // 10**6 for bytes in seen.memory],
             "resident": seen.resident,
+            "wrong": seen.wrong,
         }
     ]
     if bench.folder is not None:
@@ -278,8 +287,8 @@ A small Qwen3 with random weights on vLLM ({machine["cpu"]}, {machine["cores"]} 
 {STREAMS} streams ask without pause for greedy continuations of one prompt of {probe.LENGTH} tokens, whose first 256 are in the
 prefix cache: {STREAMS - LONG_STREAMS} streams for one token each, so that a request's time is the time to its first token, {LONG_STREAMS} for {LONG} tokens. Every
 adapter makes the model say a token of its own, through the keys and values of the prompt alone: a cache entry left by another
-version changes the answer. A swap is: check the files against their digest, load the adapter, see it listed, have it answer
-a token, route new requests to it, retire the one before when its last request has ended.
+version changes the answer. A swap is: check the files against their digest, load the adapter, have it answer a
+token, route new requests to it, retire the one before when its last request has ended.
 """
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -92,3 +93,16 @@ def make_adapter(base: Path, folder: Path, token: int) -> Path:
     if said != token:
         raise ValueError(f"the probe of token {token} says {said}; raise PUSH")
     return folder
+
+
+@torch.inference_mode()
+def answer(base: Path, adapter: Path, length: int) -> tuple[int, ...]:
+    """The greedy continuation of `prompt()` with an adapter, by transformers and PEFT: `length` tokens."""
+    model: Any = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(adapter)
+    )
+    ids = torch.tensor([prompt()])
+    said = model.eval().generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, do_sample=False, pad_token_id=0
+    )
+    return tuple(said[0, LENGTH:].tolist())

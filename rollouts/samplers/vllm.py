@@ -208,10 +208,8 @@ class VllmSampler:
             raise self._gone()
         number = served.version.number
         try:
-            if adapter is not None:
-                await engine.add_lora(adapter)
-                if adapter.lora_int_id not in await engine.list_loras():
-                    raise SamplerError(f"vLLM said that it loaded version {number}, but does not list it.")
+            if adapter is not None and not await engine.add_lora(adapter):
+                raise SamplerError(f"vLLM did not load version {number} at {served.version.path}.")
             probe = SampleRequest(f"probe-{number}", (0,), number, 0, 1, ())
             await self._generate(engine, probe, served)
         except EngineDeadError as error:
