@@ -72,6 +72,17 @@ class SamplerError(RuntimeError):
         self.retryable = retryable
 
 
+def check_size(request: SampleRequest, max_tokens: int) -> None:
+    """Raise `SamplerError` unless prompt and sample of `request` are there and fit into `max_tokens` together."""
+    if not request.prompt or request.max_tokens < 1:
+        raise SamplerError(f"session {request.session!r}: a request needs a prompt and at least one token to sample.")
+    if len(request.prompt) + request.max_tokens > max_tokens:
+        raise SamplerError(
+            f"session {request.session!r}: {len(request.prompt)} prompt tokens and {request.max_tokens} to sample "
+            f"exceed the sampler's max_tokens = {max_tokens}; raise it or sample fewer."
+        )
+
+
 @runtime_checkable
 class Sampler(Protocol):
     """Makes tokens. Versions enter by `publish`, are held by leases while episodes use them, and leave by `retire`."""

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..types import PolicyVersion
-from .base import TRAINING, Sample, SampleRequest, SamplerError
+from .base import TRAINING, Sample, SampleRequest, SamplerError, check_size
 from .torch_engine import Engine, Job, Served
 from .torch_model import build, merge_adapter, read_shape, read_tensors
 from .versions import VersionTable, check_files
@@ -170,21 +170,12 @@ class TorchSampler:
             return
 
     def _check_request(self, request: SampleRequest) -> None:
-        size = len(request.prompt) + request.max_tokens
         if request.trust_domain != TRAINING:
             raise SamplerError(
                 f"session {request.session!r}: the embedded sampler has one cache for all and serves the trust domain "
                 f"{TRAINING!r} only, not {request.trust_domain!r}."
             )
-        if not request.prompt or request.max_tokens < 1:
-            raise SamplerError(
-                f"session {request.session!r}: a request needs a prompt and at least one token to sample."
-            )
-        if size > self._max_tokens:
-            raise SamplerError(
-                f"session {request.session!r}: {len(request.prompt)} prompt tokens and {request.max_tokens} to sample "
-                f"exceed the sampler's max_tokens = {self._max_tokens}; raise it or sample fewer."
-            )
+        check_size(request, self._max_tokens)
         if min(request.prompt) < 0 or max(request.prompt) >= self._shape.vocab:
             raise SamplerError(
                 f"session {request.session!r}: a prompt token is outside the vocabulary of {self._shape.vocab}."

@@ -44,7 +44,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from ..digest import folder_digest
 from ..types import PolicyVersion
-from .base import PUBLISH_SECONDS, Sample, SampleRequest, SamplerError
+from .base import PUBLISH_SECONDS, Sample, SampleRequest, SamplerError, check_size
 from .identity import cache_salt
 from .orphans import Guard
 from .versions import VersionTable, check_files
@@ -65,7 +65,7 @@ QUEUED_PER_SLOT = 32
 
 @dataclass(frozen=True, slots=True)
 class _Served:
-    """A resident version: its adapter in the engine (None: the base itself) and its cache salt."""
+    """A resident version, and its adapter in the engine (None: the base itself)."""
 
     version: PolicyVersion
     adapter: LoRARequest | None
@@ -100,7 +100,9 @@ class VllmSampler:
             raise ValueError("slots, threads, max_versions, max_tokens and rank must be at least 1")
         self._base, self._slots, self._max_tokens = Path(base), slots, max_tokens
         self._rank = served_rank(rank)
-        self._environment = cpu_environment(threads, cache_gb) if device == "cpu" else {}
+        self._environment = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}  # our own threads do not survive a fork
+        if device == "cpu":
+            self._environment |= cpu_environment(threads, cache_gb)
         self._arguments: dict[str, Any] = {
             "model": str(base),
             "dtype": dtype,
@@ -234,7 +236,7 @@ class VllmSampler:
 
     async def sample(self, request: SampleRequest) -> Sample:
         """Sample one turn; see `Sampler.sample`. A cancelled or late request leaves the engine."""
-        self._check_request(request)
+        check_size(request, self._max_tokens)
         if self._pending >= self._slots * QUEUED_PER_SLOT:
             raise SamplerError(f"{self._pending} requests are waiting already; ask again later.", retryable=True)
         self._pending += 1
@@ -302,17 +304,6 @@ class VllmSampler:
         self._counts["tokens_reused"] += output.num_cached_tokens or 0
         finish: Literal["stop", "length"] = "stop" if found.finish_reason == "stop" else "length"
         return Sample(tokens, logprobs, finish, request.version)
-
-    def _check_request(self, request: SampleRequest) -> None:
-        if not request.prompt or request.max_tokens < 1:
-            raise SamplerError(
-                f"session {request.session!r}: a request needs a prompt and at least one token to sample."
-            )
-        if len(request.prompt) + request.max_tokens > self._max_tokens:
-            raise SamplerError(
-                f"session {request.session!r}: {len(request.prompt)} prompt tokens and {request.max_tokens} to sample "
-                f"exceed the sampler's max_tokens = {self._max_tokens}; raise it or sample fewer."
-            )
 
     async def end_session(self, session: str) -> None:
         """Nothing is kept by session: vLLM's prefix cache finds an episode's earlier turns by their tokens."""

@@ -65,7 +65,6 @@ def cpu_environment(threads: int, cache_gb: int) -> dict[str, str]:
         "OMP_NUM_THREADS": str(threads),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_CPU_KVCACHE_SPACE": str(cache_gb),
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     }
 
 

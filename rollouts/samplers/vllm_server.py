@@ -17,6 +17,7 @@ what it keeps; it belongs on loopback or behind a gateway that strips them.
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
@@ -30,7 +31,7 @@ import httpx
 
 from ..digest import folder_digest
 from ..types import PolicyVersion
-from .base import PUBLISH_SECONDS, Sample, SampleRequest, SamplerError
+from .base import PUBLISH_SECONDS, Sample, SampleRequest, SamplerError, check_size
 from .identity import cache_salt
 from .versions import VersionTable, check_files
 from .vllm_limits import check_adapter
@@ -41,7 +42,7 @@ T = TypeVar("T")
 FIRST_PAUSE_SECONDS = 0.1
 LONGEST_PAUSE_SECONDS = 5.0
 LARGEST_ANSWER = 64 * 2**20
-"""Bytes; a longer answer is refused unread."""
+"""Bytes; a longer answer is not read to its end."""
 QUEUED_PER_SLOT = 32
 """Requests that may wait for each slot before more are turned away."""
 
@@ -219,7 +220,9 @@ class VllmServerSampler:
 
     async def sample(self, request: SampleRequest) -> Sample:
         """Sample one turn; see `Sampler.sample`."""
-        self._check_request(request)
+        check_size(request, self._max_tokens)
+        if self._pending >= self._slots * QUEUED_PER_SLOT:
+            raise SamplerError(f"{self._pending} requests are waiting already; ask again later.", retryable=True)
         self._pending += 1
         try:
             with self._table.use(request.version) as served:
@@ -279,19 +282,6 @@ class VllmServerSampler:
             "cache_salt": salt,
         }
 
-    def _check_request(self, request: SampleRequest) -> None:
-        if not request.prompt or request.max_tokens < 1:
-            raise SamplerError(
-                f"session {request.session!r}: a request needs a prompt and at least one token to sample."
-            )
-        if len(request.prompt) + request.max_tokens > self._max_tokens:
-            raise SamplerError(
-                f"session {request.session!r}: {len(request.prompt)} prompt tokens and {request.max_tokens} to sample "
-                f"exceed the sampler's max_tokens = {self._max_tokens}; raise it or sample fewer."
-            )
-        if self._pending >= self._slots * QUEUED_PER_SLOT:
-            raise SamplerError(f"{self._pending} requests are waiting already; ask again later.", retryable=True)
-
     async def end_session(self, session: str) -> None:
         """Nothing is kept by session: vLLM's prefix cache finds an episode's earlier turns by their tokens."""
 
@@ -337,27 +327,33 @@ class VllmServerSampler:
     async def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """One request; the JSON of the answer, None when it is text. Raises `_Away`, `_Unknown` or `SamplerError`."""
         try:
-            answer = await self._client().request(method, self.url + path, json=body, headers=self._headers)
+            async with self._client().stream(method, self.url + path, json=body, headers=self._headers) as answer:
+                said = bytearray()
+                async for chunk in answer.aiter_bytes():
+                    said += chunk
+                    if len(said) > LARGEST_ANSWER:
+                        raise SamplerError(
+                            f"the vLLM server's answer to {path} has more than {LARGEST_ANSWER:,} bytes."
+                        )
         except httpx.TransportError as error:
             raise _Away(str(error)) from error
+        except SamplerError:
+            raise
         except RuntimeError as error:  # the client was closed under the request
             raise SamplerError("the sampler was closed.") from error
-        if answer.status_code in (408, 425, 429, 502, 503, 504):
-            raise _Away(f"status {answer.status_code}")
-        if answer.status_code == 404:
+        status, text = answer.status_code, said.decode("utf-8", "replace")
+        if status in (408, 425, 429, 502, 503, 504):
+            raise _Away(f"status {status}")
+        if status == 404:
             raise _Unknown
-        if answer.status_code == 500 and "EngineCore" in answer.text:  # its engine died, and it is about to
-            raise _Away(_message(answer))
-        if answer.status_code >= 400:
-            raise SamplerError(
-                f"the vLLM server refused {path}: {_message(answer)}", retryable=answer.status_code >= 500
-            )
-        if len(answer.content) > LARGEST_ANSWER:
-            raise SamplerError(f"the vLLM server's answer to {path} has {len(answer.content):,} bytes.")
+        if status == 500 and "EngineCore" in text:  # its engine died, and it is about to
+            raise _Away(_message(text))
+        if status >= 400:
+            raise SamplerError(f"the vLLM server refused {path}: {status}, {_message(text)}", retryable=status >= 500)
         if "json" not in answer.headers.get("content-type", ""):
             return None
         try:
-            return answer.json()
+            return json.loads(text)
         except ValueError as error:
             raise SamplerError(f"the vLLM server's answer to {path} is not JSON ({error}).") from error
 
@@ -371,10 +367,11 @@ class VllmServerSampler:
         return client
 
 
-def _message(answer: httpx.Response) -> str:
+def _message(text: str) -> str:
+    """What an error answer says, in one line."""
     try:
-        found = answer.json()
-        text = found.get("error", {}).get("message") or found.get("message") or answer.text
+        found = json.loads(text)
+        text = found.get("error", {}).get("message") or found.get("message") or text
     except (ValueError, AttributeError):
-        text = answer.text
-    return f"{answer.status_code}, {' '.join(str(text).split())[:500]}"
+        pass
+    return " ".join(str(text).split())[:500]

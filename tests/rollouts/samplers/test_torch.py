@@ -595,6 +595,7 @@ async def test_requests_that_cannot_be_served_say_why(base: Path) -> None:
             (request("a", prompt_of(1, 60), n=5), "max_tokens = 64"),
             (request("a", (1, VOCAB)), "outside the vocabulary"),
             (request("a", (1,), v=7), "version 7 is not resident"),
+            (request("a", (1,), trust_domain="customer"), "trust domain 'training' only"),
         ):
             with pytest.raises(SamplerError, match=message):
                 await sampler.sample(bad)
