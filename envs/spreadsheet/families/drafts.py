@@ -15,10 +15,11 @@ from functools import cache
 from . import words
 from .layout import CASES, Cells, Probe, Table, fill
 from .sketch import Sketch
-from .split import Split, subject_split, wording_split
+from .split import Split, subject_split, unasked, wording_split
 
 NOTE_CHANCE = 0.15
-UNASKED_CHANCE = 0.15
+UNASKED_CHANCE = 0.25
+"""How often a held-out task asks for a word that training tasks of its family never ask for."""
 
 Overlay = Callable[[random.Random, int, Cells], Cells]
 """(random generator, case, cells of the table) -> cells to lay over them: labels, limits, a second sheet, keys that
@@ -96,16 +97,14 @@ def _wordings(frames: tuple[str, ...], phrases: tuple[str, ...], split: Split) -
     return tuple((f, p) for f in frames for p in phrases if wording_split(f, p) == split)
 
 
-def draw_subject(rng: random.Random, split: Split, asked: Sequence[str], beside: Sequence[str]) -> tuple[str, str]:
-    """A (column asked for, word beside it) of the split; held-out tasks seldom ask for a word that training never
-    asks for.
-    """
-    pairs = [(a, b) for a in asked for b in beside if a != b and subject_split(a, b) == split]
-    new = [pair for pair in pairs if pair[0] in words.UNASKED]
-    known = [pair for pair in pairs if pair[0] not in words.UNASKED]
+def draw_subject(rng: random.Random, split: Split, family: str, beside: Sequence[str]) -> tuple[str, str]:
+    """A (column of numbers asked for, word beside it) of the split, for a task of `family`."""
+    pairs = [(a, b) for a in words.NUMBERS for b in beside if a != b and subject_split(family, a, b) == split]
+    new = [pair for pair in pairs if pair[0] in unasked(family)]
+    known = [pair for pair in pairs if pair[0] not in unasked(family)]
     return rng.choice(new if new and (not known or rng.random() < UNASKED_CHANCE) else known)
 
 
-def draw_key(rng: random.Random, split: Split) -> tuple[str, str]:
+def draw_key(rng: random.Random, split: Split, family: str) -> tuple[str, str]:
     """(key, its header) of the split: the subject of a question that counts rows."""
-    return rng.choice([(k, h) for h, keys in words.KEYS.items() for k in keys if subject_split(k, h) == split])
+    return rng.choice([(k, h) for h, keys in words.KEYS.items() for k in keys if subject_split(family, k, h) == split])

@@ -26,7 +26,7 @@ def _header(table: Table, text: str) -> Cells:
 def draw_row_formula(rng: random.Random, split: Split) -> Parts:
     """T4: a new column from two others, now and then with its header to be written too."""
     kind = rng.choice("*-+/")
-    asked, other = draw_subject(rng, split, words.NUMBERS, words.NUMBERS)
+    asked, other = draw_subject(rng, split, "row_formula", words.NUMBERS)
     add, avoid = with_decoy(rng, (asked, other))
     table = draw_table(rng, split, (asked, other, *add), avoid)
     header, ask_header = rng.choice(words.COLUMN_LABELS), rng.random() < ASK_HEADER_CHANCE
@@ -60,7 +60,7 @@ def draw_row_formula(rng: random.Random, split: Split) -> Parts:
 def draw_flag(rng: random.Random, split: Split) -> Parts:
     """T5: one of two words for each row, by a limit that stands in a cell."""
     kind, verdict = rng.choice("><"), rng.choice(words.VERDICTS)
-    asked, label = draw_subject(rng, split, words.NUMBERS, words.LIMITS)
+    asked, label = draw_subject(rng, split, "flag", words.LIMITS)
     add, avoid = with_decoy(rng, (asked,))
     table = draw_table(rng, split, (asked, *add), avoid)
     value, row, column = table.column(asked), table.first, table.right + 3
@@ -99,7 +99,7 @@ def draw_flag(rng: random.Random, split: Split) -> Parts:
 def draw_share(rng: random.Random, split: Split) -> Parts:
     """T6: each row's share of the sum, or a running total."""
     kind = rng.choice(("share", "running"))
-    asked, _ = draw_subject(rng, split, words.NUMBERS, (kind,))
+    asked, _ = draw_subject(rng, split, "share", (kind,))
     add, avoid = with_decoy(rng, (asked,))
     table = draw_table(rng, split, (asked, *add), avoid)
     label = words.SHARE if kind == "share" else words.TOTAL
@@ -119,7 +119,7 @@ def draw_share(rng: random.Random, split: Split) -> Parts:
 def draw_lookup(rng: random.Random, split: Split) -> Parts:
     """T7: for each row, the value that a second sheet lists for its key."""
     sheet = rng.choice(words.LOOKUP_SHEETS)
-    asked, key_header = draw_subject(rng, split, words.NUMBERS, tuple(words.KEYS))
+    asked, key_header = draw_subject(rng, split, "lookup", tuple(words.KEYS))
     related = words.RELATED[asked]
     table = draw_table(rng, split, (key_header,), (asked, related), least_rows=5)
     values = [asked, related] if rng.random() < 0.6 else [asked]
@@ -175,7 +175,7 @@ def _second_sheet(table: Table, sketch: Sketch, key_header: str, values: tuple[s
 
 def draw_summary(rng: random.Random, split: Split) -> Parts:
     """T9: a small table of sums by key, with a grand total."""
-    asked, key_header = draw_subject(rng, split, words.NUMBERS, tuple(words.KEYS))
+    asked, key_header = draw_subject(rng, split, "summary", tuple(words.KEYS))
     add, avoid = with_decoy(rng, (asked,))
     table = draw_table(rng, split, (asked, key_header, *add), avoid, least_rows=5)
     keys = words.KEYS[key_header]

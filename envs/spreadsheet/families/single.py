@@ -34,7 +34,7 @@ def draw_repair(rng: random.Random, split: Split) -> Parts:
 
 
 def _aggregate(rng: random.Random, split: Split, family: str, kind: str) -> Parts:
-    asked, _ = draw_subject(rng, split, words.NUMBERS, ("",))
+    asked, _ = draw_subject(rng, split, family, ("",))
     add, avoid = with_decoy(rng, (asked,))
     table = draw_table(rng, split, (asked, *add), avoid)
     repair = family == "repair"
@@ -97,11 +97,11 @@ def _faulty_formula(rng: random.Random, table: Table, sketch: Sketch) -> Overlay
 def draw_conditional(rng: random.Random, split: Split) -> Parts:
     """T3: sum, count or average for a key, which the instruction names or (PICK) a cell holds."""
     kind = rng.choices(("SUMIF", "COUNTIF", "AVERAGEIF", "PICK"), (4, 2, 2, 2))[0]
-    asked, key_header = draw_subject(rng, split, words.NUMBERS, tuple(words.KEYS))
+    asked, key_header = draw_subject(rng, split, "conditional", tuple(words.KEYS))
     add, avoid = with_decoy(rng, (asked,))
     key = rng.choice(words.KEYS[key_header])
     if kind == "COUNTIF":
-        key, key_header = draw_key(rng, split)
+        key, key_header = draw_key(rng, split, "conditional")
         add = avoid = ()
     table = draw_table(rng, split, (asked, key_header, *add), avoid)
     plain = kind in ("SUMIF", "AVERAGEIF")
@@ -149,11 +149,11 @@ def _pick(rng: random.Random, table: Table, sketch: Sketch, key_header: str) -> 
 def draw_multi_key(rng: random.Random, split: Split) -> Parts:
     """T10: sum or count under two conditions, or the number of different keys."""
     kind = rng.choices(("SUMIFS", "COUNTIFS", "DISTINCT"), (5, 3, 2))[0]
-    asked, key_header = draw_subject(rng, split, words.NUMBERS, tuple(words.KEYS))
+    asked, key_header = draw_subject(rng, split, "multi_key", tuple(words.KEYS))
     add, avoid = with_decoy(rng, (asked,)) if kind == "SUMIFS" else ((), ())
     key = rng.choice(words.KEYS[key_header])
     if kind == "COUNTIFS":
-        key, key_header = draw_key(rng, split)
+        key, key_header = draw_key(rng, split, "multi_key")
     other_header = rng.choice([k for k in words.KEYS if k != key_header])
     other = rng.choice(words.KEYS[other_header])
     table = draw_table(rng, split, (asked, key_header, other_header, *add), avoid)

@@ -37,8 +37,8 @@ RELATED = MappingProxyType(
 
 NUMBERS = tuple(RELATED)
 
-UNASKED = frozenset({"Weight", "Volume", "Visits", "Calls"})
-"""Headers that training tasks show, and name beside the column asked for; only held-out tasks ask for them."""
+PAIRS = tuple((word, related) for word, related in RELATED.items() if NUMBERS.index(word) < NUMBERS.index(related))
+"""Each header of numbers once, with the one that it is easily taken for."""
 
 KEYS = MappingProxyType(
     {
