@@ -48,7 +48,7 @@ from .base import PUBLISH_SECONDS, Sample, SampleRequest, SamplerError, check_si
 from .identity import cache_salt
 from .orphans import Guard
 from .versions import VersionTable, check_files
-from .vllm_limits import check_adapter, check_base, cpu_environment, served_rank
+from .vllm_limits import check_adapter, check_base, cpu_environment, served_rank, vocabulary
 
 T = TypeVar("T")
 
@@ -122,6 +122,7 @@ class VllmSampler:
             **({} if device == "cpu" else {"gpu_memory_utilization": memory}),
         }
         check_base(self._base, device)
+        self._vocabulary = vocabulary(self._base)
         self._secret = secrets.token_bytes(32)
         try:
             self._base_digest = folder_digest(self._base)
@@ -237,6 +238,10 @@ class VllmSampler:
     async def sample(self, request: SampleRequest) -> Sample:
         """Sample one turn; see `Sampler.sample`. A cancelled or late request leaves the engine."""
         check_size(request, self._max_tokens)
+        if self._vocabulary is not None and not 0 <= min(request.prompt) <= max(request.prompt) < self._vocabulary:
+            raise SamplerError(  # without a tokenizer vLLM does not look
+                f"session {request.session!r}: a prompt token is outside the vocabulary of {self._vocabulary}."
+            )
         if self._pending >= self._slots * QUEUED_PER_SLOT:
             raise SamplerError(f"{self._pending} requests are waiting already; ask again later.", retryable=True)
         self._pending += 1

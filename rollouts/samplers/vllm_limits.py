@@ -59,6 +59,15 @@ def check_base(base: Path, device: str) -> None:
         )
 
 
+def vocabulary(base: Path) -> int | None:
+    """How many tokens a base knows; None where its config.json does not say."""
+    try:
+        config: dict[str, Any] = json.loads((base / "config.json").read_text("utf-8"))
+        return int(config["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def cpu_environment(threads: int, cache_gb: int) -> dict[str, str]:
     """What vLLM's CPU backend reads from the environment. Threads bound to nothing were fastest on few, busy cores."""
     return {
