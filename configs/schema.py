@@ -120,7 +120,7 @@ class EpisodeSection(Section):
     on_overflow: Overflow = "failure"
     """An episode that a budget cut: "failure" keeps it with reward 0, "grade" keeps it with the environment's verdict
     on what it left, "drop" makes it a typed failure that is counted and never trained on (an evaluation then counts it
-    as a miss)."""
+    as a miss). Time that runs out while a sample is awaited is a failure of the sampler, never a reward of 0."""
     cut_turns: Literal["mask", "train"] = "mask"
     """The tokens of a turn that `max_turn_tokens` or `max_tokens` cut, where the episode is kept: "mask" records them
     without training on them, "train" trains them with the episode's reward, so that rambling is paid for."""

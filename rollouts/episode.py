@@ -248,6 +248,8 @@ class Episode:
         if not isinstance(self.request, NeedSample):
             raise EpisodeOrderError("only a wait for a sample can run out of an episode's time")
         self._elapsed = elapsed
+        if self._overflow == "failure":  # what the sampler did not give in time is not the policy's miss
+            return self.fail(FailureKind.SAMPLER_TIMEOUT, "max_seconds passed while a sample was awaited", True)
         return self._truncate(EndReason.MAX_SECONDS)
 
     def fail(self, kind: FailureKind, message: str, retryable: bool = False) -> Ended:

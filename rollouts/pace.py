@@ -25,10 +25,6 @@ class Pace:
         """Whether the work of `batch` (counted from 1) may begin with `version` now."""
         return self.staleness(batch, version) <= self.max_staleness
 
-    def last(self, version: int) -> int:
-        """The last batch whose work may begin with `version`."""
-        return version + 1 + self.max_staleness
-
     @staticmethod
     def staleness(batch: int, version: int) -> int:
         """How many updates lie between the version that samples and the policy that `batch` is trained by."""

@@ -286,11 +286,16 @@ class Run:
         self.policies.retain(
             self.config.schedule.keep_recent,
             best=[v for v in [progress.best_version] if v],
-            leased=[progress.version, *self._committed],
+            leased=[*range(progress.version - self._behind(), progress.version + 1), *self._committed],
         )
         if progress.step % self.config.schedule.checkpoint_every == 0:
             self._commit()
         return progress.stopped is not None or progress.step >= self.config.trainer.steps
+
+    def _behind(self) -> int:
+        """How many versions before the latest may still be sampled from."""
+        schedule = self.config.schedule
+        return schedule.max_staleness if schedule.kind == "async" else 0
 
     def _train_row(self, batch: Batch, numbers: Mapping[str, float]) -> Row:
         stats = dict(batch.stats)

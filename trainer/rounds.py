@@ -215,9 +215,11 @@ class AsyncSource(SyncSource):
 
     def sample(self, step: int) -> list[Group]:
         """All groups of `step`; those of the steps that may begin now are begun before they are waited for."""
-        for coming in range(step, min(self._pace.last(step - 1), self._config.trainer.steps) + 1):
+        coming = step
+        while coming <= self._config.trainer.steps and self._pace.admits(coming, step - 1):
             if coming not in self._ahead:
                 self._ahead[coming] = self._side.begin(self._chains(coming), None, self._enough)
+            coming += 1
         return [group for chain in self._side.finish(self._ahead.pop(step)) for group in chain]
 
 

@@ -46,7 +46,7 @@ def make_sampler(config: RunConfig, base: Path, device: str | None = None) -> Sa
         from ..rollouts.samplers.torch import TorchSampler
 
         return TorchSampler(base, **sizes, threads=section.threads, device=place, dtype=section.dtype)
-    rank = _largest_rank(config)
+    rank, eager = _largest_rank(config), section.eager or place == "cpu"
     if section.url:
         return VllmServerSampler(section.url, base, **sizes, rank=rank, api_key=os.environ.get("VLLM_API_KEY"))
     if find_spec("vllm") is None:
@@ -58,7 +58,7 @@ def make_sampler(config: RunConfig, base: Path, device: str | None = None) -> Sa
             rank=rank,
             dtype=section.dtype,
             memory=None if place == "cpu" else section.gpu_memory,
-            eager=section.eager,
+            eager=eager,
             seed=config.seed,
         )
         environment = cpu_environment(section.threads, section.cache_gb) if place == "cpu" else {}
@@ -75,7 +75,7 @@ def make_sampler(config: RunConfig, base: Path, device: str | None = None) -> Sa
         dtype=section.dtype,
         memory=section.gpu_memory,
         cache_gb=section.cache_gb,
-        eager=section.eager,
+        eager=eager,
         seed=config.seed,
     )
 

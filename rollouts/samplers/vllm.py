@@ -145,9 +145,10 @@ class VllmSampler:
         self._thread = threading.Thread(target=self._loop.run_forever, name="espalier-vllm", daemon=True)
         self._thread.start()
         try:
-            self._submit(self._start()).result(START_SECONDS)
+            self._submit(asyncio.wait_for(self._start(), START_SECONDS)).result()
             self._loop.call_soon_threadsafe(self._up.set)
         except BaseException as error:
+            self._submit(self._close()).result(2 * STOP_SECONDS)
             self._stop_loop()
             self._guard.close()
             if isinstance(error, Exception):
@@ -322,11 +323,13 @@ class VllmSampler:
 
     async def _start(self) -> None:
         before = set(psutil.Process().children(recursive=True))
-        with _environment_set(self._environment):
-            arguments = AsyncEngineArgs(**self._arguments)
-            self._engine = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
-        self._children = [child for child in psutil.Process().children(recursive=True) if child not in before]
-        self._guard.watch(self._children)
+        try:
+            with _environment_set(self._environment):
+                arguments = AsyncEngineArgs(**self._arguments)
+                self._engine = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
+        finally:  # also of a start that failed or took too long
+            self._children = [child for child in psutil.Process().children(recursive=True) if child not in before]
+            self._guard.watch(self._children)
 
     def _on_death(self, engine: AsyncLLM, error: BaseException) -> None:
         if engine is self._engine and self._restart is None and self._broken is None:

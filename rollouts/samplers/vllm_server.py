@@ -131,7 +131,11 @@ class VllmServerSampler:
                 "is it running?",
                 retryable=True,
             ) from None
-        self._table.admit(version, served)
+        try:
+            self._table.admit(version, served)
+        except SamplerError:
+            self._drop(served)
+            raise
 
     @property
     def latest(self) -> int:

@@ -92,10 +92,11 @@ def test_a_fork_begins_a_new_sequence_and_leaves_the_old_one(thinking):
 
 
 def test_a_fork_behind_which_nothing_was_sampled_is_not_kept(thinking):
-    episode = begun(thinking)
+    episode = begun(thinking, "grade")
     episode.sampled(sample(thinking, "<think>\nseven\n</think>\n\nWhich one?"), 0.1)
     episode.stepped(USER, 0.0, False, False, {}, 0.2)
-    assert len(episode.out_of_time(40.0).outcome.sequences) == 1
+    episode.out_of_time(40.0)
+    assert len(finish(episode, 0.0).sequences) == 1
 
 
 @pytest.mark.parametrize("on_overflow", ["failure", "grade", "drop"])
@@ -176,6 +177,14 @@ def test_a_prompt_that_does_not_fit_is_a_typed_failure(plain):
     episode = Episode(spec(), adding.budget(max_prompt_tokens=20), plain)
     outcome = episode.begin(OPENING, TOOLS, {}).outcome
     assert outcome.kind is FailureKind.OVERFLOW and "max_prompt_tokens is 20" in outcome.message
+
+
+def test_time_that_runs_out_while_a_sample_is_awaited_is_never_a_reward_of_0(plain):
+    episode = begun(plain, "failure")
+    episode.sampled(sample(plain, adding.call("add", n=3)), 0.1)
+    episode.stepped(TOOL, 0.0, False, False, {}, 0.2)
+    outcome = episode.out_of_time(99.0).outcome
+    assert isinstance(outcome, Failure) and outcome.kind is FailureKind.SAMPLER_TIMEOUT and outcome.retryable
 
 
 def test_time_that_passes_before_anything_was_sampled_is_not_the_policys_fault(plain):

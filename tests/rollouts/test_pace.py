@@ -13,7 +13,7 @@ def test_nothing_is_older_than_the_bound_when_it_is_trained_and_nobody_waits_in_
     while version < batches:
         coming = len(begun) + 1
         may_begin = coming <= batches and pace.admits(coming, version)
-        assert may_begin == (coming <= min(batches, pace.last(version)))
+        assert may_begin == (coming <= min(batches, version + 1 + bound))
         can_train = version + 1 in begun
         assert may_begin or can_train, "it never stands still"
         if may_begin and (not can_train or dice.random() < 0.5):

@@ -45,6 +45,19 @@ def test_versions_are_as_old_as_allowed_and_no_older(toy_base, tmp_path, stalene
     assert sorted(consumed(tmp_path / "toy")) == sorted(stored(tmp_path / "toy")), "nothing is discarded"
 
 
+def test_versions_that_may_still_be_sampled_from_stay_on_the_disk(toy_base, tmp_path):
+    kept = []
+
+    def look(row):
+        if row["kind"] == "train":
+            kept.append(sorted(int(p.name[1:]) for p in (tmp_path / "toy" / "policies").glob("v*")))
+
+    config = run(toy_base, tmp_path, 2, eval={"tasks": 2, "every": 0, "greedy": False})
+    schedule = config.schedule.model_copy(update={"keep_recent": 1, "checkpoint_every": 100})
+    train(config.model_copy(update={"schedule": schedule}), on_event=look)
+    assert all({n - 2, n - 1} - {0, -1} <= set(have) for n, have in enumerate(kept, 1)), kept
+
+
 def test_synchronously_nothing_is_stale(toy_base, tmp_path):
     train(toy.run_config(toy_base, tmp_path, trainer={"steps": 2}, eval={"tasks": 2, "every": 0, "greedy": False}))
     assert [row["staleness_max"] for row in steps(tmp_path / "toy")] == [0, 0]
