@@ -154,8 +154,14 @@ class SamplerSection(Section):
     """Precision of the sampler's weights and cache; only float32 on the CPU is batch-invariant to the bit."""
     max_versions: int = Field(default=4, ge=2)
     """Versions resident at once: the latest, leased ones, spare."""
-    gpu_memory: float = Field(default=0.45, gt=0.0, lt=1.0)
-    """vLLM only: share of the GPU's memory that it may use (weights, keys and values)."""
+    replicas: PositiveInt = 1
+    """Engines side by side, each on a card that no training process uses; an episode stays with one of them."""
+    gpu_memory: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """vLLM only: share of its card's memory that an engine may use (weights, keys and values); none: what the memory
+    plan leaves."""
+    sharing: Literal["auto", "split", "sleep"] = "auto"
+    """vLLM on the trainer's card: "split" the memory for good, or "sleep" (kind "vllm", synchronous): the engine gives
+    it back while the trainer works. "auto": split where both fit."""
     cache_gb: PositiveInt = 1
     """vLLM on the CPU only: GiB of keys and values."""
     eager: bool = False
@@ -165,6 +171,10 @@ class SamplerSection(Section):
     def _refuse_a_url_that_nobody_asks(self) -> Self:
         if self.url and self.kind != "vllm-server":
             raise ValueError(f'sampler.url is only for sampler.kind = "vllm-server", not {self.kind!r}')
+        if self.url and self.replicas > 1:
+            raise ValueError("sampler.url names one server, so sampler.replicas must be 1")
+        if self.sharing == "sleep" and self.kind != "vllm":
+            raise ValueError(f'sampler.sharing = "sleep" is only for sampler.kind = "vllm", not {self.kind!r}')
         return self
 
 
@@ -330,6 +340,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"schedule.max_staleness = {self.schedule.max_staleness} keeps {needed} versions in use, "
                 f"sampler.max_versions is {self.sampler.max_versions}"
+            )
+        if self.schedule.kind == "async" and self.sampler.sharing == "sleep":
+            raise ValueError(
+                'sampler.sharing = "sleep" stops sampling while the trainer works, which schedule.kind = "async" is '
+                "there to avoid; set one of them to another value"
             )
         if self.eval.early_stop is not None and self.eval.every == 0:
             raise ValueError("eval.early_stop counts evaluations in training, so eval.every must not be 0")

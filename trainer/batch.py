@@ -103,6 +103,22 @@ def micro_batches(rows: Sequence[Row], size: int, by_group: bool = False) -> lis
     return [part[i : i + size] for part in parts.values() for i in range(0, len(part), size)]
 
 
+def dealt(parts: Sequence[Sequence[Row]], rank: int, count: int) -> list[list[Row]]:
+    """The micro-batches among `parts` that process `rank` of `count` runs, each filled up to the rows of those that run
+    beside it: TRL's losses exchange statistics by row, so that all processes need equally many. Filler is not trained.
+    """
+    mine: list[list[Row]] = []
+    for i in range(0, len(parts), count):
+        beside = parts[i : i + count]
+        own = list(beside[rank]) if rank < len(beside) else []
+        tokens = own[-1].tokens if own else beside[0][0].tokens[:2]
+        blank = replace(
+            (own or beside[0])[-1], tokens=tokens, mask=(False,) * len(tokens), logprobs=(0.0,) * len(tokens)
+        )
+        mine.append(own + [blank] * (max(map(len, beside)) - len(own)))
+    return mine
+
+
 def minibatches(rows: Sequence[Row], count: int, seed: int) -> list[list[Row]]:
     """`rows` dealt into at most `count` optimizer updates, whole groups in an order shuffled by `seed`, each to the
     update that has fewest rows so far: a group's rows balance each other and share their prompt.

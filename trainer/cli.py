@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             print(sentence, file=sys.stderr)
             result = {"error": sentence}
-        if as_json:
+        if as_json and result:
             print(json.dumps(result, ensure_ascii=False, default=str), file=out)
     return code
 

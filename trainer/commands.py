@@ -92,8 +92,14 @@ def train(args: argparse.Namespace) -> Result:
         return _dry_run(config, as_json=args.json)
     _require_model(config)
     _settle(config)
+    from .parallel import follows
     from .runs import claim
 
+    if follows():
+        from . import loop
+
+        loop.follow(config)
+        return {}  # the run's first process says what came of it
     folder = config.out / config.name
     with claim(folder, resume=args.resume):
         from . import loop

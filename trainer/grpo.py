@@ -35,10 +35,11 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from ..configs.schema import RunConfig
-from .batch import Batch, BatchSource, Row, collate, micro_batches, minibatches, shared_prefix
+from .batch import Batch, BatchSource, Row, collate, dealt, micro_batches, minibatches, shared_prefix
 from .correction import Mode, importance_ratio
 from .errors import UserError
 from .model import load_base, load_tokenizer, logit_rules, lora_config, read_adapter, resolve_device
+from .parallel import WAIT_SECONDS, add_up, gathered
 from .tally import Tally
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
@@ -66,8 +67,8 @@ Tensors = dict[str, Any]
 
 @dataclass
 class Window:
-    """The micro-batches of one optimizer update. `tokens` and `rows` count what is under the loss in all of them, a
-    row of a forked trajectory as its share.
+    """The micro-batches of one optimizer update that this process runs. `tokens` and `rows` count what is under the
+    loss in those of all processes, a row of a forked trajectory as its share.
     """
 
     micro: list[Tensors]
@@ -128,6 +129,7 @@ def grpo_config(config: RunConfig, output: str, updates: int, cpu: bool) -> GRPO
         output_dir=output,
         seed=config.seed,
         use_cpu=cpu,
+        ddp_timeout=WAIT_SECONDS,
         bf16=False,  # the base is loaded in its dtype and the adapter stays fp32: no autocast
         max_steps=max(updates, 1),
         per_device_train_batch_size=2,  # of the placeholder data set; our rows are cut by `micro_batches`
@@ -195,8 +197,6 @@ class OnlineGRPOTrainer(GRPOTrainer):
             processing_class=tokenizer,
             peft_config=lora,
         )
-        if self.accelerator.num_processes > 1:
-            raise UserError("Espalier trains in one process; start it without torchrun or accelerate launch")
         self.remove_callback(PrinterCallback)
         self.add_callback(_AfterUpdate(self._after_update))
         self._section = config.trainer
@@ -249,9 +249,10 @@ class OnlineGRPOTrainer(GRPOTrainer):
         if self.loss_type in TOKEN_MEAN:  # these are linear in the advantage, so it can carry the share
             rows = [replace(row, advantage=row.advantage * row.share) for row in rows]
         parts = minibatches(rows, self._section.minibatches, seed=self._seed * 1_000_003 + batch.step)
+        rank, count = self.accelerator.process_index, self.accelerator.num_processes
         windows = [
             Window(
-                [collate(cut, self._tokenizer.pad_token_id, device) for cut in self.cut(part)],
+                [collate(cut, self._tokenizer.pad_token_id, device) for cut in dealt(self.cut(part), rank, count)],
                 sum(row.trained for row in part),
                 math.fsum(row.share for row in part),
                 first=i == 0,
@@ -307,6 +308,8 @@ class OnlineGRPOTrainer(GRPOTrainer):
         total = torch.zeros((), device=self.accelerator.device)
         for micro in window.micro:
             total = total + super().training_step(model, micro, None)  # type: ignore[no-untyped-call]
+        if self.accelerator.num_processes > 1:
+            add_up([p.grad for p in self.adapter.parameters() if p.grad is not None])
         return total
 
     def _compute_loss(self, model: Any, inputs: Tensors) -> torch.Tensor:
@@ -320,7 +323,9 @@ class OnlineGRPOTrainer(GRPOTrainer):
         tokens, rows = int(mask.sum()), mask.size(0)
         weight = self._weight(tokens, rows, window)
         self._micro = inputs
-        inputs["num_items_in_batch"] = torch.tensor(float(window.tokens), device=mask.device)
+        # TRL divides this by the number of processes, whose gradients it expects to be averaged; ours are added up
+        items = float(window.tokens * self.accelerator.num_processes)
+        inputs["num_items_in_batch"] = torch.tensor(items, device=mask.device)
         if not self._corrects:
             inputs["old_per_token_logps"] = inputs["sampling_per_token_logps"]
         if self.beta != 0.0:
@@ -441,9 +446,12 @@ class OnlineGRPOTrainer(GRPOTrainer):
         window = self._window
         if window is None:
             return False
-        self._tally.logs.append(dict(logs))
+        # the loop logs the mean over processes of what is each process's share of one sum
+        self._tally.logs.append({**logs, "loss": logs["loss"] * self.accelerator.num_processes})
         if not window.last:
             return False
+        if self.accelerator.num_processes > 1:
+            self._tally.add_all(gathered(self._tally.on_cpu()))
         return self._finished(window.batch, self._tally.read())
 
     def floating_point_ops(self, inputs: Any) -> int:

@@ -26,16 +26,19 @@ from ..rollouts.store import StoreError, TrajectoryStore
 from . import alarms
 from . import tasks as tasklists
 from .batch import Batch, BatchSource
-from .checkpoint import Checkpoint, CheckpointStore, Progress
+from .checkpoint import Checkpoint, CheckpointStore, Progress, trained
 from .durable import unwritable
 from .errors import UserError
 from .evaluate import EvalResult
 from .metrics import Recorder, Row
+from .parallel import Shared, follows, share, shared_end, world
 from .policy import PolicyStore, resolve_base
 from .rounds import ReplaySource, RolloutSide, batch_source, describe, open_rollouts
 from .runs import claim
 
 if TYPE_CHECKING:
+    import torch
+
     from .grpo import OnlineGRPOTrainer
 
 Listener = Callable[[Row], None]
@@ -71,12 +74,15 @@ def train(
 ) -> RunResult:
     """Train as `config` (a path, a shipped name, or a parsed configuration) says, in `config.out / config.name`.
 
+    Started several times by `accelerate launch` or `torchrun`, the processes train together and all return the result.
     `resume` continues a killed run. `from_trajectories` trains on what an earlier run stored and samples nothing.
     `on_event` gets every row of metrics.jsonl as it is written. `make_source` makes what decides which groups are
     sampled and trained on. Raises UserError for what a user can mend.
     """
     if not isinstance(config, RunConfig):
         config = load_config(str(config))
+    if follows():
+        return follow(config)
     with claim(config.out / config.name, resume=resume):
         return train_claimed(
             config, resume=resume, from_trajectories=from_trajectories, on_event=on_event, make_source=make_source
@@ -109,6 +115,30 @@ def train_claimed(
         run.build(source, checkpoint)
         result = run.carry_out(time.monotonic() - began)
     result["peak_gb"] = peak_gb(config.env.processes)
+    return share(result)
+
+
+def follow(config: RunConfig) -> RunResult:
+    """Train in a process that is not the run's first, on what the first one gives it, until that ends the run."""
+    from .grpo import build
+
+    base = resolve_base(config.policy.base)
+    with _torch(config.trainer.threads):
+        trainer = build(
+            config,
+            base,
+            output=config.out / config.name,
+            source=Shared(),
+            finished=shared_end(lambda: (tensor for _, tensor in trained(trainer.adapter))),
+        )
+        checkpoint: Checkpoint | None = share(None)
+        if checkpoint is not None:
+            checkpoint.restore(trainer.adapter, trainer.optimizer, trainer.lr_scheduler)
+        if share(False):
+            trainer.train()
+        result: RunResult | None = share(None)
+    if result is None:
+        raise RuntimeError("the run's first process gave no result")
     return result
 
 
@@ -164,10 +194,12 @@ def _said_in_one_sentence() -> Iterator[None]:
 
 
 @contextmanager
-def _open_side(config: RunConfig, base: Path, folder: Path) -> Iterator[tuple[RolloutSide, list[Task]]]:
-    """The rollout side of a run, and its training tasks."""
+def _open_side(
+    config: RunConfig, base: Path, folder: Path, training: int = 0
+) -> Iterator[tuple[RolloutSide, list[Task]]]:
+    """The rollout side of a run, beside which `training` processes train, and its training tasks."""
     tasks = tasklists.load(config.env, "train", config.seed, config.env.task_count)
-    with open_rollouts(config, base, tasks, folder) as side:
+    with open_rollouts(config, base, tasks, folder, training) as side:
         yield side, tasks
 
 
@@ -177,7 +209,7 @@ def _source(run: Run, trajectories: Path | None, make: SourceMaker) -> Iterator[
     config = run.config
     if trajectories is None:
         run.held_out = tasklists.load(config.env, "test", config.seed, max(config.eval.tasks, config.eval.every_tasks))
-        with _open_side(config, run.base, run.folder) as (side, tasks):
+        with _open_side(config, run.base, run.folder, world()) as (side, tasks):
             run.side = side
             yield make(config, side, tasks, run.progress)
         return
@@ -227,8 +259,14 @@ class Run:
         from .grpo import build
 
         self.trainer = build(
-            self.config, self.base, output=self.folder, source=source, finished=self.finished, start=self.progress.step
+            self.config,
+            self.base,
+            output=self.folder,
+            source=Shared(source) if world() > 1 else source,
+            finished=shared_end(self._adapter, self.finished) if world() > 1 else self.finished,
+            start=self.progress.step,
         )
+        share(checkpoint)
         if checkpoint is not None:
             checkpoint.restore(self.trainer.adapter, self.trainer.optimizer, self.trainer.lr_scheduler)
         elif self.config.policy.from_adapter is not None:
@@ -242,7 +280,7 @@ class Run:
         if self.progress.step == 0 and not self.checkpoints.list():
             before = self._measure("evaluating the base", self.config.eval.tasks)
             self._commit()
-        if self.progress.step < self.config.trainer.steps and self.progress.stopped is None:
+        if share(self.progress.step < self.config.trainer.steps and self.progress.stopped is None):
             self.recorder.emit("phase", phase="training")
             self.trainer.train()
             self._commit()
@@ -338,6 +376,9 @@ class Run:
             progress.stopped = progress.stopped or "early_stop"
 
     # ---- parts
+
+    def _adapter(self) -> Iterator[torch.Tensor]:
+        return (tensor for _, tensor in trained(self.trainer.adapter))
 
     def _store_policy(self) -> int:
         from .model import write_adapter

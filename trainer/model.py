@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,12 @@ def resolve_device(name: str) -> str:
     return name
 
 
+def release_cached_memory() -> None:
+    """Hand back the card's memory that torch keeps for later, so that another process can have it."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 def load_base(base: Path, section: PolicySection) -> PreTrainedModel:
     """The frozen base, as the section asks for it. Raises UserError when this machine cannot do that."""
     device = resolve_device(section.device)
@@ -60,7 +67,7 @@ def load_base(base: Path, section: PolicySection) -> PreTrainedModel:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
-        kwargs["device_map"] = {"": 0}
+        kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, local_files_only=True, **kwargs)
     return model
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..configs.schema import LoraSection, RunConfig
 from ..rollouts.samplers.vllm_limits import INSTALL_VLLM
+from .placement import Needs, Placement, place
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 LOGIT_TILE = 32768
@@ -127,8 +128,12 @@ def make_plan(config: RunConfig) -> Plan:
     """Resolve a configuration on this machine without loading a model."""
     shape = find_shape(config.policy.base)
     device, room = _device(config)
-    parts = tuple(memory(config, shape, 0.0 if device == CPU else room)) if shape else ()
     missing = _missing(config, shape)
+    parts: tuple[Part, ...] = ()
+    if shape:
+        on_card = device != CPU and room > 0 and config.sampler.kind != "torch"
+        placement = engine_placement(config, training=1) if on_card else None
+        parts = tuple(memory(config, shape, 0.0 if device == CPU else room, placement))
     total = sum(part.bytes for part in parts)
     if parts and room and total > room:
         missing.append(
@@ -141,26 +146,57 @@ def make_plan(config: RunConfig) -> Plan:
     return Plan(device, room, parts, tuple(missing))
 
 
-def memory(config: RunConfig, shape: Shape, room: float = 0.0) -> list[Part]:
-    """The parts of the plan; every formula stands in its `how`. `room`: bytes of the card, 0 where there is none."""
+def memory(config: RunConfig, shape: Shape, room: float = 0.0, placement: Placement | None = None) -> list[Part]:
+    """The parts of the plan for the trainer's card; every formula stands in its `how`. `room`: bytes of the card, 0
+    where there is none; `placement`: of the engines, where they are vLLM's.
+    """
+    held, passing = _trainer(config, shape)
+    if config.sampler.kind == "torch":
+        sampler = _embedded_sampler(config, shape)
+    elif placement is not None and room:
+        sampler = _vllm_on_a_card(config, shape, room, placement, sum(part.bytes for part in passing))
+    else:
+        sampler = _vllm_on_the_cpu(config, shape)
+    return [*held, *passing, *sampler, Part("overhead", OVERHEAD, "context, workspace, fragmentation")]
+
+
+def _trainer(config: RunConfig, shape: Shape) -> tuple[list[Part], list[Part]]:
+    """What the trainer keeps, and what it needs besides while it works."""
     policy, trainer, episode = config.policy, config.trainer, config.episode
-    width = BYTES[policy.dtype]
     rows = min(trainer.micro_batch, trainer.groups * trainer.group_size)
     tokens = rows * episode.max_tokens
     tile = min(LOGIT_TILE, shape.vocab_size)
     lora = shape.lora_parameters(policy.lora)
-    return [
+    held = [
         _weights(config, shape, "trainer's base, frozen"),
         Part("LoRA and optimizer", 16.0 * lora, f"{lora:,} parameters x 16 bytes (fp32 weight, gradient, two moments)"),
-        _activations(config, shape, tokens, width),
+    ]
+    passing = [
+        _activations(config, shape, tokens, BYTES[policy.dtype]),
         Part(
             "logits, in tiles",
             float(tokens) * tile * 8,
             f"{tokens:,} tokens x {tile:,} of the vocabulary x 8 bytes (fp32, and its gradient)",
         ),
-        *(_embedded_sampler(config, shape) if config.sampler.kind == "torch" else _vllm(config, shape, room)),
-        Part("overhead", OVERHEAD, "context, workspace, fragmentation"),
     ]
+    return held, passing
+
+
+def engine_placement(config: RunConfig, *, training: int) -> Placement:
+    """Where this machine's cards have room for the run's engines while `training` of them train. Raises UserError."""
+    cuda = import_module("torch").cuda
+    room = float(cuda.get_device_properties(0).total_memory)
+    return placement_in(config, find_shape(config.policy.base), cuda.device_count(), room, training)
+
+
+def placement_in(config: RunConfig, shape: Shape | None, visible: int, room: float, training: int) -> Placement:
+    """`place` with what the plan says that trainer and vLLM need."""
+    needs = None
+    if shape is not None:
+        held, passing = (sum(part.bytes for part in parts) for parts in _trainer(config, shape))
+        least = _vllm_fixed(config, shape) + config.episode.max_tokens * _kv_bytes(config, shape)
+        needs = Needs(held + passing + OVERHEAD, held + OVERHEAD, least)
+    return place(config, needs, visible=visible, room=room, training=training)
 
 
 def _embedded_sampler(config: RunConfig, shape: Shape) -> list[Part]:
@@ -185,26 +221,44 @@ def _embedded_sampler(config: RunConfig, shape: Shape) -> list[Part]:
     ]
 
 
-def _vllm(config: RunConfig, shape: Shape, room: float) -> list[Part]:
-    """What vLLM takes: on a card its whole share, of which keys and values are what the weights leave; nothing here
-    where it runs elsewhere.
+def _vllm_fixed(config: RunConfig, shape: Shape) -> float:
+    """Bytes of vLLM's weights, adapters and workspace on a card."""
+    width = BYTES[config.sampler.dtype]
+    adapters = shape.lora_parameters(config.policy.lora) * config.sampler.max_versions
+    return float(width) * (shape.parameters() + adapters) + OVERHEAD
+
+
+def _kv_bytes(config: RunConfig, shape: Shape) -> int:
+    return shape.kv_bytes_per_token(BYTES[config.sampler.dtype])
+
+
+def _vllm_on_a_card(config: RunConfig, shape: Shape, room: float, placement: Placement, passing: float) -> list[Part]:
+    """What an engine takes of the trainer's card: its whole share, of which keys and values are what the weights leave;
+    by turns only what the trainer does not give back. `passing`: bytes that the trainer needs only while it works.
     """
+    share = placement.memory * room
+    tokens = max(0.0, share - _vllm_fixed(config, shape)) / _kv_bytes(config, shape)
+    how = f"{placement.why}: {placement.memory:.2f} of the card, about {tokens:,.0f} tokens of keys and values"
+    if config.sampler.url or 0 not in placement.cards:
+        return [Part("vLLM", 0.0, "a server of its own" if config.sampler.url else how)]
+    return [Part("vLLM", max(0.0, share - passing) if placement.sleeps else share, how)]
+
+
+def _vllm_on_the_cpu(config: RunConfig, shape: Shape) -> list[Part]:
     section, width = config.sampler, BYTES[config.sampler.dtype]
     if section.url:
         return []
-    weights = float(width) * shape.parameters()
     adapters = float(width) * shape.lora_parameters(config.policy.lora) * section.max_versions
-    if not room:
-        return [
-            Part("vLLM's base", weights, f"{shape.parameters():,} parameters x {width} bytes"),
-            Part("vLLM's adapters", adapters, f"{section.max_versions} resident"),
-            Part("vLLM's KV cache", section.cache_gb * 2.0**30, f"sampler.cache_gb = {section.cache_gb}"),
-        ]
-    share = section.gpu_memory * room
-    per_token = shape.kv_bytes_per_token(width)
-    tokens = max(0.0, share - weights - adapters - OVERHEAD) / per_token
-    how = f"sampler.gpu_memory = {section.gpu_memory:g}: room for about {tokens:,.0f} tokens of keys and values"
-    return [Part("vLLM", share, how)]
+    count = section.replicas
+    return [
+        Part(
+            "vLLM's base",
+            count * float(width) * shape.parameters(),
+            f"{shape.parameters():,} parameters x {width} bytes",
+        ),
+        Part("vLLM's adapters", count * adapters, f"{section.max_versions} resident"),
+        Part("vLLM's KV cache", count * section.cache_gb * 2.0**30, f"sampler.cache_gb = {section.cache_gb}"),
+    ]
 
 
 def _weights(config: RunConfig, shape: Shape, name: str) -> Part:

@@ -14,6 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -24,7 +25,7 @@ from ..envs.core import Task
 from ..rollouts.envpool import EnvPool
 from ..rollouts.pace import Pace
 from ..rollouts.runner import GroupSpec, RolloutRunner, together
-from ..rollouts.samplers.base import PUBLISH_SECONDS, Sampler, SamplingParams
+from ..rollouts.samplers.base import PUBLISH_SECONDS, Sampler, SamplingParams, Sleeper
 from ..rollouts.store import TrajectoryStore
 from ..rollouts.types import Group, PolicyVersion, Trajectory
 from . import tasks as tasklists
@@ -33,6 +34,7 @@ from .batch import Batch, rows_of_groups
 from .checkpoint import Progress
 from .errors import UserError
 from .evaluate import EvalResult, evaluate_tasks
+from .model import release_cached_memory
 from .sampling import make_pool, make_runner, make_sampler
 
 SLACK_SECONDS = 60.0
@@ -51,13 +53,41 @@ class RolloutSide:
         self._seconds = config.episode.max_seconds
         self._params = SamplingParams(config.sampling.temperature, config.sampling.top_p, config.sampling.top_k)
         self._published: list[int] = []
+        self._sleeper = sampler if isinstance(sampler, Sleeper) and sampler.sleeps else None
+        self._asleep = False
+        self._seconds_turning = 0.0
         self._begun: dict[Future[list[list[Group]]], int] = {}  # and how many episodes they take at most
 
     async def _make_runner(self, base: Path, pool: EnvPool) -> RolloutRunner:
         return make_runner(self.config, base, self._sampler, pool, self.store)
 
+    def rest(self) -> float:
+        """Leave the card to the trainer, where they have it by turns; what needs the sampler next wakes it. Returns the
+        seconds that falling asleep and waking took since the last rest.
+        """
+        if self._sleeper is not None and not self._asleep:
+            with self._turning():
+                self._loop.call(self._sleeper.sleep(), PUBLISH_SECONDS)
+                self._asleep = True
+        seconds, self._seconds_turning = self._seconds_turning, 0.0
+        return seconds
+
+    def _rouse(self) -> None:
+        if self._sleeper is not None and self._asleep:
+            with self._turning():
+                release_cached_memory()
+                self._loop.call(self._sleeper.wake(), PUBLISH_SECONDS)
+                self._asleep = False
+
+    @contextmanager
+    def _turning(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._seconds_turning += time.perf_counter() - began
+
     def publish(self, version: PolicyVersion) -> None:
         """Serve `version` from now on and let the others go as their episodes end."""
+        self._rouse()
         self._loop.call(self._sampler.publish(version), PUBLISH_SECONDS + SLACK_SECONDS)
         for old in self._published:
             if old != version.number:
@@ -82,6 +112,7 @@ class RolloutSide:
         """Begin with `chains` and go on; `finish` waits for them. `version` None: each episode runs on what is the
         latest when it begins.
         """
+        self._rouse()
         future = self._loop.start(together(self._chain(chain, version, enough) for chain in chains))
         self._begun[future] = sum(spec.size for chain in chains for spec in chain)
         return future
@@ -115,11 +146,12 @@ class RolloutSide:
 
     def evaluate(self, tasks: Sequence[Task], version: int, step: int, greedy: bool) -> EvalResult:
         """Measure `version`, which must be published."""
+        self._rouse()
         work = evaluate_tasks(self._runner, tasks, version, greedy=greedy, step=step)
         return self._loop.call(work, self._deadline(len(tasks)))
 
     def _deadline(self, episodes: int) -> float:
-        waves = math.ceil(episodes / self.config.sampler.slots)
+        waves = math.ceil(episodes / (self.config.sampler.slots * self.config.sampler.replicas))
         return (waves + 1) * self._seconds + SLACK_SECONDS
 
     def close(self) -> None:
@@ -135,14 +167,14 @@ class RolloutSide:
 
 @contextmanager
 def open_rollouts(
-    config: RunConfig, base: Path, tasks: Sequence[Task], folder: Path, device: str | None = None
+    config: RunConfig, base: Path, tasks: Sequence[Task], folder: Path, training: int = 0
 ) -> Iterator[RolloutSide]:
-    """The rollout side with the configured sampler and environment, on `device` (default: the policy's).
+    """The rollout side with the configured sampler and environment; `training` processes train beside it.
 
     Raises UserError for an environment that cannot be made.
     """
     pool = make_pool(config, tasks)
-    side = RolloutSide(config, base, make_sampler(config, base, device), pool, folder)
+    side = RolloutSide(config, base, make_sampler(config, base, training), pool, folder)
     try:
         yield side
     finally:
@@ -169,7 +201,9 @@ class SyncSource:
         groups = self.sample(step)
         _refuse_total_failure(step, groups)
         self._learn_difficulty(groups)
-        return make_batch(self._config, step, groups, time.perf_counter() - began, self._progress.version)
+        seconds = time.perf_counter() - began
+        batch = make_batch(self._config, step, groups, seconds, self._progress.version)
+        return replace(batch, stats={**batch.stats, "seconds_turning": self._side.rest()})
 
     def sample(self, step: int) -> list[Group]:
         """All groups of `step`, those without signal and what refilled them included."""

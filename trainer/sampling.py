@@ -6,11 +6,14 @@ of run name, seed, episode and turn).
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from ..configs.schema import RunConfig
@@ -21,22 +24,48 @@ from ..rollouts.recipe import env_recipe
 from ..rollouts.render import make_renderer
 from ..rollouts.runner import RolloutRunner
 from ..rollouts.samplers.base import Sampler
-from ..rollouts.samplers.vllm_limits import INSTALL_VLLM, check_base, cpu_environment, server_options
+from ..rollouts.samplers.replicas import ReplicatedSampler
+from ..rollouts.samplers.vllm_limits import (
+    INSTALL_VLLM,
+    card_environment,
+    check_base,
+    cpu_environment,
+    server_options,
+)
 from ..rollouts.samplers.vllm_process import VllmProcess
 from ..rollouts.samplers.vllm_server import VllmServerSampler
 from ..rollouts.store import TrajectoryStore
 from . import tasks as tasklists
 from .errors import UserError
+from .placement import Placement
+from .plan import engine_placement
 
 
-def make_sampler(config: RunConfig, base: Path, device: str | None = None) -> Sampler:
-    """The configured sampler on `device` (default: where the policy stands), with nothing published yet.
+def make_sampler(config: RunConfig, base: Path, training: int = 0) -> Sampler:
+    """The configured sampler, with nothing published yet, where `training` processes train beside it.
 
-    Raises `UserError` when it is not installed, and `SamplerError` when it cannot serve `base`.
+    Raises `UserError` when it is not installed or placed, and `SamplerError` when it cannot serve `base`.
     """
     from .model import resolve_device
 
-    section, place = config.sampler, device or resolve_device(config.policy.device)
+    where = resolve_device(config.policy.device)
+    placement = engine_placement(config, training=training) if where == "cuda" else Placement()
+    count = config.sampler.replicas
+    cards: Sequence[int | None] = placement.cards or [None] * count
+    with ExitStack() as stack:  # those that did start stop when another one does not
+        samplers = []
+        for place, card in enumerate(cards):
+            samplers.append(_one_sampler(config, base, where, card, placement, f"-{place}" if count > 1 else ""))
+            stack.callback(_close, samplers[-1])
+        stack.pop_all()
+    return samplers[0] if count == 1 else ReplicatedSampler(samplers)
+
+
+def _one_sampler(
+    config: RunConfig, base: Path, where: str, card: int | None, placement: Placement, suffix: str
+) -> Sampler:
+    """A sampler on one card, or on the CPU. `suffix`: of the file that a server of its own writes to."""
+    section = config.sampler
     sizes: dict[str, Any] = {
         "slots": section.slots,
         "max_versions": section.max_versions,
@@ -45,39 +74,46 @@ def make_sampler(config: RunConfig, base: Path, device: str | None = None) -> Sa
     if section.kind == "torch":
         from ..rollouts.samplers.torch import TorchSampler
 
-        return TorchSampler(base, **sizes, threads=section.threads, device=place, dtype=section.dtype)
-    rank, eager = _largest_rank(config), section.eager or place == "cpu"
+        device = where if card is None else f"cuda:{card}"
+        return TorchSampler(base, **sizes, threads=section.threads, device=device, dtype=section.dtype)
+    rank, eager = _largest_rank(config), section.eager or where == "cpu"
     if section.url:
         return VllmServerSampler(section.url, base, **sizes, rank=rank, api_key=os.environ.get("VLLM_API_KEY"))
     if find_spec("vllm") is None:
         raise UserError(f'sampler.kind = "{section.kind}" needs vLLM, which is not installed: {INSTALL_VLLM}')
+    sizes |= {"rank": rank, "dtype": section.dtype, "eager": eager, "seed": config.seed}
     if section.kind == "vllm-server":
-        check_base(base, place)
-        options = server_options(
-            **sizes,
+        check_base(base, where)
+        environment = cpu_environment(section.threads, section.cache_gb) if card is None else card_environment(card)
+        options = server_options(**sizes, memory=None if card is None else placement.memory)
+        process = VllmProcess(base, options, environment, config.out / config.name / f"vllm{suffix}.log")
+        return VllmServerSampler(
+            process.url,
+            base,
+            slots=section.slots,
+            max_versions=section.max_versions,
+            max_tokens=config.episode.max_tokens,
             rank=rank,
-            dtype=section.dtype,
-            memory=None if place == "cpu" else section.gpu_memory,
-            eager=eager,
-            seed=config.seed,
+            process=process,
         )
-        environment = cpu_environment(section.threads, section.cache_gb) if place == "cpu" else {}
-        process = VllmProcess(base, options, environment, config.out / config.name / "vllm.log")
-        return VllmServerSampler(process.url, base, **sizes, rank=rank, process=process)
     from ..rollouts.samplers.vllm import VllmSampler
 
     return VllmSampler(
         base,
         **sizes,
-        rank=rank,
         threads=section.threads,
-        device=place,
-        dtype=section.dtype,
-        memory=section.gpu_memory,
         cache_gb=section.cache_gb,
-        eager=eager,
-        seed=config.seed,
+        card=card,
+        memory=placement.memory,
+        sleeps=placement.sleeps,
     )
+
+
+def _close(sampler: Sampler) -> None:
+    """Close a sampler from outside any event loop, or from inside one."""
+    closing = Thread(target=lambda: asyncio.run(sampler.close()))
+    closing.start()
+    closing.join()
 
 
 def _largest_rank(config: RunConfig) -> int:
@@ -126,7 +162,7 @@ def make_runner(
         episode=config.episode,
         run=f"{config.name}:{config.seed}",
         seed=config.seed,
-        concurrency=config.sampler.slots,
+        concurrency=config.sampler.slots * config.sampler.replicas,
         store=store,
         env_id=config.env.id,
         system_prompt=config.env.system_prompt,

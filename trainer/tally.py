@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
-_NOT_OURS = {"epoch", "step_time", "total_flos", "entropy"}  # of TRL's log: meaningless here, or counted better below
+_NOT_OURS = {"epoch", "step_time", "total_flos", "entropy", "entropy_coef", "policy_loss"}
+"""Of TRL's log: meaningless here (of a micro-batch, before it is weighed), or counted better below."""
 
 
 @dataclass
@@ -43,6 +44,17 @@ class Tally:
         self.sums = {name: value + self.sums.get(name, 0.0) for name, value in new.items()}
         if fresh:
             self.gaps.append(difference[mask.bool()].abs())
+
+    def on_cpu(self) -> Tally:
+        """As it can be sent to another process."""
+        sums = {name: value.cpu() for name, value in self.sums.items()}
+        return replace(self, sums=sums, gaps=[gap.cpu() for gap in self.gaps])
+
+    def add_all(self, tallies: Sequence[Tally]) -> None:
+        """Become the sum of `tallies`, which were taken of other rows of the same batch."""
+        names = sorted({name for tally in tallies for name in tally.sums})
+        self.sums = {name: torch.stack([t.sums[name] for t in tallies if name in t.sums]).sum() for name in names}
+        self.gaps = [gap for tally in tallies for gap in tally.gaps]
 
     def read(self) -> dict[str, float]:
         """Means a token, |policy - recorded| at fresh tokens, seconds since the start, and means of what TRL logged."""

@@ -157,7 +157,7 @@ def start(folder: Path, threads: int, device: str) -> VllmSampler:
         max_tokens=probe.LENGTH + LONG,
         rank=1,
         threads=threads,
-        device=device,
+        card=0 if device == "cuda" else None,
     )
 
 

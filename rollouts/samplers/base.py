@@ -110,3 +110,17 @@ class Sampler(Protocol):
 
     async def close(self) -> None:
         """Stop and free everything; pending requests get a `SamplerError`."""
+
+
+@runtime_checkable
+class Sleeper(Protocol):
+    """A sampler that can give the memory of its card back while nothing is sampled."""
+
+    sleeps: bool
+    """Whether it should, in this run."""
+
+    async def sleep(self) -> None:
+        """Give it back. Raises `SamplerError` while requests are running."""
+
+    async def wake(self) -> None:
+        """Take it again; needed before the next publish or sample."""

@@ -48,7 +48,15 @@ from .base import PUBLISH_SECONDS, Sample, SampleRequest, SamplerError, check_si
 from .identity import cache_salt
 from .orphans import Guard
 from .versions import VersionTable, check_files
-from .vllm_limits import check_adapter, check_base, cpu_environment, served_rank, vocabulary
+from .vllm_limits import (
+    card_environment,
+    check_adapter,
+    check_base,
+    cpu_environment,
+    of_a_launcher,
+    served_rank,
+    vocabulary,
+)
 
 T = TypeVar("T")
 
@@ -59,6 +67,9 @@ RESTARTS = 5
 """So many failures within `RESTART_WINDOW_SECONDS`, and the engine is given up."""
 RESTART_WINDOW_SECONDS = 1800.0
 FIRST_PAUSE_SECONDS = 1.0
+SLEEP_SECONDS = 120.0
+"""Until an engine has fallen asleep or woken: weights cross to the host's memory and back."""
+
 QUEUED_PER_SLOT = 32
 """Requests that may wait for each slot of the engine before more are turned away."""
 
@@ -75,9 +86,10 @@ class VllmSampler:
     """Implements `Sampler`.
 
     `slots`: episodes decoded at once. `max_versions`: versions resident at once. `max_tokens`: prompt and sample of one
-    request together. `rank`: largest rank of an adapter. `threads`: CPU threads. `memory`: share of the GPU that the
-    engine may use; `cache_gb`: GiB of keys and values on the CPU. `eager`: no compiled graphs. Raises `SamplerError`
-    when vLLM cannot be started.
+    request together. `rank`: largest rank of an adapter. `card`: place of the engine's GPU among those that this
+    process sees, of whose memory it may use the share `memory`; none: the CPU, with `threads`, and `cache_gb` GiB of
+    keys and values. `eager`: no compiled graphs. `sleeps`: it is put to `sleep` while the trainer works. Raises
+    `SamplerError` when vLLM cannot be started.
     """
 
     def __init__(
@@ -89,20 +101,26 @@ class VllmSampler:
         max_versions: int = 4,
         max_tokens: int = 2048,
         rank: int = 16,
-        device: str = "cpu",
+        card: int | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
         memory: float = 0.45,
         cache_gb: int = 1,
         eager: bool = True,
+        sleeps: bool = False,
         seed: int = 0,
     ) -> None:
         if min(slots, threads, max_versions, max_tokens, rank) < 1:
             raise ValueError("slots, threads, max_versions, max_tokens and rank must be at least 1")
         self._base, self._slots, self._max_tokens = Path(base), slots, max_tokens
         self._rank = served_rank(rank)
-        self._environment = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}  # our own threads do not survive a fork
-        if device == "cpu":
-            self._environment |= cpu_environment(threads, cache_gb)
+        self.sleeps = sleeps
+        self._asleep = False
+        own = cpu_environment(threads, cache_gb) if card is None else card_environment(card)
+        self._environment: dict[str, str | None] = {
+            **{name: None for name in os.environ if of_a_launcher(name)},
+            **own,
+            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # our own threads do not survive a fork
+        }
         self._arguments: dict[str, Any] = {
             "model": str(base),
             "dtype": dtype,
@@ -119,9 +137,9 @@ class VllmSampler:
             "skip_tokenizer_init": True,  # ids in, ids out
             "enable_log_requests": False,
             "disable_log_stats": True,
-            **({} if device == "cpu" else {"gpu_memory_utilization": memory}),
+            **({} if card is None else {"gpu_memory_utilization": memory, "enable_sleep_mode": sleeps}),
         }
-        check_base(self._base, device)
+        check_base(self._base, "cpu" if card is None else "cuda")
         self._vocabulary = vocabulary(self._base)
         self._secret = secrets.token_bytes(32)
         try:
@@ -210,6 +228,8 @@ class VllmSampler:
         engine, adapter = self._engine, served.adapter
         if engine is None:
             raise self._gone()
+        if self._asleep:
+            raise SamplerError("vLLM sleeps; wake it before publishing.")
         number = served.version.number
         try:
             if adapter is not None and not await engine.add_lora(adapter):
@@ -233,6 +253,35 @@ class VllmSampler:
         if self._engine is not None:
             with contextlib.suppress(Exception):  # a dead engine holds nothing, and says so elsewhere
                 await self._engine.remove_lora(adapter)
+
+    # ---- sleep
+
+    async def sleep(self) -> None:
+        """Give the card's memory back: weights move to the host, keys and values are dropped. Nothing may be running.
+
+        On the CPU, where vLLM keeps its memory, only the prefix cache is dropped. Raises `SamplerError`.
+        """
+        await self._in_loop(self._turn(asleep=True), SLEEP_SECONDS)
+
+    async def wake(self) -> None:
+        """Take the memory again; the versions are as they were. Raises `SamplerError`."""
+        await self._in_loop(self._turn(asleep=False), SLEEP_SECONDS)
+
+    async def _turn(self, *, asleep: bool) -> None:
+        await self._up.wait()
+        engine = self._engine
+        if engine is None:
+            raise self._gone()
+        if asleep == self._asleep:
+            return
+        if asleep and self._running:
+            raise SamplerError(f"{len(self._running)} requests are running; vLLM cannot sleep now.", retryable=True)
+        self._asleep = asleep
+        try:
+            await (engine.sleep(1) if asleep else engine.wake_up())
+        except EngineDeadError as error:
+            self._on_death(engine, error)
+            raise SamplerError("vLLM died while it fell asleep or woke.", retryable=True) from error
 
     # ---- sampling
 
@@ -261,6 +310,8 @@ class VllmSampler:
         engine, task = self._engine, asyncio.current_task()
         if engine is None or task is None:
             raise self._gone()
+        if self._asleep:
+            raise SamplerError("vLLM sleeps; wake it before sampling.")
         self._running.add(task)
         try:
             return await self._generate(engine, request, served)
@@ -381,6 +432,7 @@ class VllmSampler:
 
     async def _kill(self) -> None:
         engine, self._engine = self._engine, None
+        self._asleep = False
         for task in self._running:
             task.cancel()  # an engine that hangs answers nobody
         for child in self._children:
@@ -438,18 +490,24 @@ class VllmSampler:
 
 
 @contextmanager
-def _environment_set(values: Mapping[str, str]) -> Iterator[None]:
-    """`values` in this process's environment while an engine starts and inherits it; set back afterwards."""
+def _environment_set(values: Mapping[str, str | None]) -> Iterator[None]:
+    """`values` in this process's environment (none: not there) while an engine starts and inherits it; set back
+    afterwards.
+    """
     before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
+    _set_environment(values)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        _set_environment(before)
+
+
+def _set_environment(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def _said(error: BaseException) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,9 @@ def check_base(base: Path, device: str) -> None:
         )
 
 
+_LAUNCHER = re.compile(r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*)")
+
+
 def vocabulary(base: Path) -> int | None:
     """How many tokens a base knows; None where its config.json does not say."""
     try:
@@ -75,6 +80,19 @@ def cpu_environment(threads: int, cache_gb: int) -> dict[str, str]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_CPU_KVCACHE_SPACE": str(cache_gb),
     }
+
+
+def card_environment(card: int) -> dict[str, str]:
+    """What shows an engine one card: that at place `card` of those that this process sees."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return {"CUDA_VISIBLE_DEVICES": visible.split(",")[card].strip() if visible else str(card)}
+
+
+def of_a_launcher(name: str) -> bool:
+    """Whether a variable of the environment is one by which torchrun makes processes one group; an engine that inherits
+    it looks for that group's store instead of its own.
+    """
+    return _LAUNCHER.fullmatch(name) is not None
 
 
 def server_options(

@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .base import SamplerError
+from .vllm_limits import of_a_launcher
 
 START_SECONDS = 900.0
 STOP_SECONDS = 20.0
@@ -57,7 +58,8 @@ class VllmProcess:
             *("vllm.entrypoints.openai.api_server", "--model", str(base)),
             *("--host", "127.0.0.1", "--port", str(self.port), *options),
         ]
-        self._environment = {**os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", **environment}
+        inherited = {name: value for name, value in os.environ.items() if not of_a_launcher(name)}
+        self._environment = {**inherited, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", **environment}
         self._stopping = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
         # the kernel ends the server with the *thread* that started it, so that must live as long as we do

@@ -11,6 +11,7 @@ from espalier.trainer.plan import (
     find_shape,
     make_plan,
     memory,
+    placement_in,
     plan_text,
     shape_of,
 )
@@ -73,15 +74,19 @@ def test_the_kept_tokens_are_the_samplers():
 
 
 def test_the_shipped_4b_run_fits_an_80_gb_card_and_what_is_too_large_does_not():
-    config = load("spreadsheet-qwen3-4b")
     card = 80 * 2**30
-    assert sum(part.bytes for part in memory(config, KNOWN["Qwen/Qwen3-4B"], card)) < card
-    large = load("spreadsheet-qwen3-4b", ["--sampler.gpu_memory", "0.8"])
-    assert sum(part.bytes for part in memory(large, KNOWN["Qwen/Qwen3-4B"], card)) > card
+    assert sum(on_card(load("spreadsheet-qwen3-4b"), card).values()) < card
+    asynchronous = ["--schedule.kind", "async", "--schedule.max_staleness", "1", "--sampler.gpu_memory", "0.8"]
+    assert sum(on_card(load("spreadsheet-qwen3-4b", asynchronous), card).values()) > card
     embedded = ["--sampler.kind", "torch", "--sampler.max_versions", "2", "--sampler.slots"]
     for slots, fits in (("4", True), ("16", False)):
         config = load("spreadsheet-qwen3-4b", [*embedded, slots])
         assert (sum(part.bytes for part in memory(config, KNOWN["Qwen/Qwen3-4B"], card)) < card) == fits
+
+
+def on_card(config, room, visible=1):
+    shape = KNOWN["Qwen/Qwen3-4B"]
+    return {p.name: p.bytes for p in memory(config, shape, room, placement_in(config, shape, visible, room, 1))}
 
 
 def part(config, name):
@@ -107,14 +112,13 @@ def test_vllm_takes_its_share_of_a_card_and_what_it_needs_on_the_cpu():
     shape, card = KNOWN["Qwen/Qwen3-4B"], 80e9
     config = load("spreadsheet-qwen3-4b")
 
-    def parts(config, room):
-        return {part.name: part.bytes for part in memory(config, shape, room) if "vLLM" in part.name}
-
-    assert parts(config, card) == {"vLLM": config.sampler.gpu_memory * card}
-    on_cpu = parts(config, 0.0)
+    asked = load("spreadsheet-qwen3-4b", ["--sampler.gpu_memory", "0.5"])
+    assert on_card(asked, card)["vLLM"] == 0.5 * card
+    assert on_card(config, card, visible=2)["vLLM"] == 0.0, "it has a card of its own"
+    on_cpu = {part.name: part.bytes for part in memory(config, shape)}
     assert on_cpu["vLLM's base"] == 2 * shape.parameters() and on_cpu["vLLM's KV cache"] == 2**30
     elsewhere = load("spreadsheet-qwen3-4b", ["--sampler.kind", "vllm-server", "--sampler.url", "http://host:8000"])
-    assert parts(elsewhere, card) == {}
+    assert on_card(elsewhere, card)["vLLM"] == 0.0
 
 
 def model_folder(tmp_path, **index):

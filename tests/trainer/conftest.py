@@ -1,19 +1,18 @@
 """A tiny random Qwen3 and its tokenizer on disk, and rows to train it on."""
 
-import random
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from espalier.trainer.batch import Row
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 # importlib mode puts no test folder on sys.path; helpers of this one live beside the tests
 sys.path.insert(0, str(Path(__file__).parent))
 
-VOCAB = 64
+import random_rows
+from random_rows import VOCAB
 
 
 @pytest.fixture(scope="session")
@@ -44,20 +43,7 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="session")
 def make_rows():
     """The maker of rows, deterministic by seed."""
-    return _make_rows
-
-
-def _make_rows(count, seed=0, noise=0.3, longest=24):
-    """Ragged multi-turn rows with advantages of both signs and log-probabilities that are a little off."""
-    draw = random.Random(seed)
-    rows = []
-    for i in range(count):
-        prompt, length = draw.randint(1, 5), draw.randint(4, longest)
-        mask = [False] * prompt + [draw.random() < 0.6 for _ in range(length - 1)] + [True]
-        tokens = tuple(draw.randrange(2, VOCAB) for _ in mask)
-        logprobs = tuple(-4.0 + draw.gauss(0, noise) if m else 0.0 for m in mask)
-        rows.append(Row(tokens, tuple(mask), logprobs, draw.gauss(0, 1), f"t{i}", f"g{i // 4}"))
-    return rows
+    return random_rows.make_rows
 
 
 @pytest.fixture(scope="session")

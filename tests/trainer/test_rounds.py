@@ -1,15 +1,22 @@
 """The synchronous source: a step in which everything fails ends the run, and says what happened."""
 
+import asyncio
 from importlib.util import find_spec
 
 import pytest
+import toy
 from espalier.configs.schema import RunConfig
 from espalier.envs.core import Task
+from espalier.rollouts.runner import GroupSpec
+from espalier.rollouts.samplers.base import Sleeper
+from espalier.rollouts.samplers.torch import TorchSampler
 from espalier.rollouts.types import Failure, FailureKind, Group
+from espalier.trainer import tasks as tasklists
 from espalier.trainer.checkpoint import Progress
 from espalier.trainer.errors import UserError
-from espalier.trainer.rounds import SyncSource
-from espalier.trainer.sampling import make_sampler
+from espalier.trainer.policy import PolicyStore
+from espalier.trainer.rounds import RolloutSide, SyncSource
+from espalier.trainer.sampling import make_pool, make_sampler
 from pydantic import ValidationError
 
 
@@ -18,6 +25,9 @@ class DeadSide:
 
     def chains(self, chains, version, enough):
         return [[self.group(spec) for spec in chain] for chain in chains]
+
+    def rest(self):
+        return 0.0
 
     def group(self, spec):
         failure = Failure("x", spec.id, spec.task.id, FailureKind.SAMPLER, "engine died.")
@@ -78,3 +88,50 @@ def test_a_url_is_for_a_server():
         RunConfig(sampler={"kind": "vllm", "url": "http://127.0.0.1:8000"})
     with pytest.raises(ValidationError, match="url"):
         RunConfig(sampler={"kind": "vllm-server", "url": "ftp://x"})
+
+
+class Dormant(TorchSampler):
+    """The embedded sampler on a card that it has by turns: notes what happened in which order."""
+
+    sleeps = True
+    seen = ()
+
+    async def sleep(self):
+        self.seen += ("sleep",)
+        await asyncio.sleep(0.05)
+
+    async def wake(self):
+        self.seen += ("wake",)
+        await asyncio.sleep(0.05)
+
+    async def publish(self, version):
+        self.seen += ("publish",)
+        await super().publish(version)
+
+    async def sample(self, request):
+        self.seen += ("sample",) if self.seen[-1] != "sample" else ()
+        return await super().sample(request)
+
+
+@pytest.mark.parametrize("sleeps", [True, False])
+def test_the_sampler_sleeps_while_the_trainer_works_where_they_have_the_card_by_turns(toy_base, tmp_path, sleeps):
+    config = toy.run_config(toy_base, tmp_path)
+    sampler = Dormant(toy_base, slots=8, threads=1, max_tokens=440)
+    sampler.sleeps = sleeps
+    assert isinstance(sampler, Sleeper)
+    tasks = tasklists.load(config.env, "train", 0, 8)
+    side = RolloutSide(config, toy_base, sampler, make_pool(config, tasks), tmp_path / "run")
+    try:
+        side.publish(PolicyStore(tmp_path / "policies", toy_base).base_version)
+        for step in range(2):
+            groups = side.groups([GroupSpec(f"toy/{step}/0", tasks[0], 2)], 0)
+            assert len(groups[0].trajectories) == 2
+            stall = side.rest()
+            assert (stall >= (0.1 if step else 0.05)) == sleeps, "falling asleep, and before that waking"
+        side.evaluate(tasks[:2], 0, 0, greedy=True)
+        side.rest()
+        side.publish(PolicyStore(tmp_path / "policies", toy_base).base_version)
+    finally:
+        side.close()
+    awake = ["publish", *["sample", "sleep", "wake"] * 3, "publish"]
+    assert list(sampler.seen) == (awake if sleeps else ["publish", "sample", "publish"])

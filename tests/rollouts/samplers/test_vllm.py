@@ -17,7 +17,7 @@ import psutil
 import pytest
 import small_policy as small
 import torch
-from espalier.rollouts.samplers.base import Sampler, SampleRequest, SamplerError, SamplingParams
+from espalier.rollouts.samplers.base import Sampler, SampleRequest, SamplerError, SamplingParams, Sleeper
 from espalier.rollouts.samplers.vllm_limits import check_adapter, cpu_environment, server_options
 from espalier.rollouts.samplers.vllm_process import VllmProcess
 from espalier.rollouts.samplers.vllm_server import VllmServerSampler
@@ -49,14 +49,29 @@ SIZES = {"slots": 16, "max_versions": 3, "max_tokens": 600, "rank": 8}
 OPTIONS = server_options(**SIZES, dtype="float32", memory=None, eager=True, seed=0)
 
 
+LAUNCHED = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "2",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "9",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+}
+"""What torchrun tells a process: with these an engine waits for a store on a port where nobody answers."""
+
+
 @pytest.fixture(scope="module", params=["in-process", "server"])
 def sampler(base: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
-    """Both ways to vLLM keep the same promises."""
-    if request.param == "in-process":
-        made: VllmSampler | VllmServerSampler = VllmSampler(base, threads=1, **SIZES)
-    else:
-        process = VllmProcess(base, OPTIONS, cpu_environment(1, 1), tmp_path_factory.mktemp("server") / "log")
-        made = VllmServerSampler(process.url, base, process=process, **SIZES)
+    """Both ways to vLLM keep the same promises, also in one of several processes that train together."""
+    with pytest.MonkeyPatch.context() as launched:
+        for name, value in LAUNCHED.items():
+            launched.setenv(name, value)
+        if request.param == "in-process":
+            made: VllmSampler | VllmServerSampler = VllmSampler(base, threads=1, **SIZES)
+        else:
+            process = VllmProcess(base, OPTIONS, cpu_environment(1, 1), tmp_path_factory.mktemp("server") / "log")
+            made = VllmServerSampler(process.url, base, process=process, **SIZES)
+        assert {name: os.environ.get(name) for name in LAUNCHED} == LAUNCHED
     yield made
     asyncio.run(made.close())
 
@@ -105,6 +120,29 @@ async def test_greedy_is_the_argmax_and_a_stop_token_is_the_last(served, base, a
     cut = await served.sample(ask(range(1, 30), 1, 12, params=greedy, stop=(stop,)))
     assert cut.finish == "stop" and cut.tokens == whole.tokens[: whole.tokens.index(stop) + 1]
     assert len(cut.logprobs) == len(cut.tokens)
+
+
+async def test_it_sleeps_and_wakes_as_it_was(served, base, adapters) -> None:
+    """On the CPU vLLM keeps its memory; the order of things is the same."""
+    if not isinstance(served, Sleeper):
+        pytest.skip("a server is not put to sleep")
+    greedy, prompt = SamplingParams(temperature=0.0), LONG[::-1]
+    before = await served.sample(ask(prompt, 1, 12, params=greedy))
+    assert await reused(served, ask(prompt, 1)) == 256
+    slow = asyncio.create_task(served.sample(ask(range(1, 30), 1, 300)))
+    await asyncio.sleep(0.3)
+    with pytest.raises(SamplerError, match="1 requests are running; vLLM cannot sleep now"):
+        await served.sleep()
+    assert len((await slow).tokens) == 300
+    await served.sleep()
+    await served.sleep()
+    with pytest.raises(SamplerError, match="wake it before sampling"):
+        await served.sample(ask(prompt, 1))
+    with pytest.raises(SamplerError, match="wake it before publishing"):
+        await served.publish(small.version(3, adapters[2], base))
+    await served.wake()
+    assert await reused(served, ask(prompt, 1)) == 0, "keys and values were dropped"
+    assert (await served.sample(ask(prompt, 1, 12, params=greedy))).tokens == before.tokens
 
 
 async def test_two_draws_of_one_prompt_differ(served) -> None:
