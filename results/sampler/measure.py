@@ -176,12 +176,8 @@ class Contenders:
     @torch.inference_mode()
     def _batch(self, case: Case, prompts: list[Prompt], model: Any) -> int:
         width = max(map(len, prompts))
-        ids = torch.tensor(
-            [[0] * (width - len(p)) + list(p) for p in prompts], card=0 if self._device == "cuda" else None
-        )
-        mask = torch.tensor(
-            [[0] * (width - len(p)) + [1] * len(p) for p in prompts], card=0 if self._device == "cuda" else None
-        )
+        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=self._device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self._device)
         ends: dict[str, Any] = {"max_new_tokens": self.policy.max_tokens, "eos_token_id": list(self.policy.stop)}
         if case.fixed:
             ends = {"min_new_tokens": case.fixed, "max_new_tokens": case.fixed}
@@ -210,7 +206,7 @@ class Contenders:
         worst = 0.0
         with torch.inference_mode():
             for prompt, sample in zip(prompts, samples, strict=True):
-                ids = torch.tensor([prompt + sample.tokens], card=0 if self._device == "cuda" else None)
+                ids = torch.tensor([prompt + sample.tokens], device=self._device)
                 table = torch.log_softmax(self.unmerged(input_ids=ids).logits[0].float(), -1)
                 found = table[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None])[:, 0].cpu()
                 worst = max(worst, float((found - torch.tensor(sample.logprobs)).abs().max()))
