@@ -100,7 +100,8 @@ def report(
         "## Controls",
         "",
         "* Fine-tuned on its own successes: as many episodes as GRPO used, all sampled from the base; distinct "
-        "successes imitated for four epochs with the same adapter, optimizer and learning rate.",
+        "successes imitated for four epochs with the same adapter and optimizer, once at GRPO's learning rate and once at a "
+        "sixth of it; the better of the two on the held-out tasks counts.",
         "* Imitation continued: the base's recipe on fresh demonstrations of the same faulty expert, for as long as "
         "GRPO trained (making the demonstrations is not counted).",
         "* Shuffled rewards: the same run, rewards dealt out at random among the episodes of a step.",
