@@ -277,8 +277,9 @@ class AlarmSection(Section):
     max_invalid_calls: float = Field(default=0.9, ge=0.0, le=1.0)
     """Share of calls answered by a ToolError."""
     max_logprob_gap: PositiveFloat = 0.1
-    """Mean |log-probability of the trainer - of the sampler| of a token just sampled, nats; crossing it always ends the
-    run: sampler and trainer no longer compute the same policy."""
+    """Mean |log-probability of the trainer - of the sampler| of a token just sampled, nats (asynchronously: of a few
+    sampled by each version as it is published); crossing it always ends the run: sampler and trainer no longer compute
+    the same policy."""
     stop: bool = False
     """End the run when one of them is crossed."""
 

@@ -21,10 +21,10 @@ class Alarm:
 
 
 def check(
-    row: Mapping[str, Any], section: AlarmSection, first_length: float | None, older: bool = False
+    row: Mapping[str, Any], section: AlarmSection, first_length: float | None, replayed: bool = False
 ) -> list[Alarm]:
-    """What is wrong with a "train" row. `first_length`: mean sampled tokens an episode of the first step. `older`: an
-    older policy sampled, so that its log-probabilities are another's.
+    """What is wrong with a "train" row. `first_length`: mean sampled tokens an episode of the first step. `replayed`:
+    another run's policy sampled, so that its log-probabilities are another's.
     """
     found = []
 
@@ -48,6 +48,6 @@ def check(
     if invalid is not None and invalid > section.max_invalid_calls:
         say("invalid_calls", invalid, section.max_invalid_calls, "most calls are answered by an error")
     gap = row.get("logprob_gap_mean")
-    if gap is not None and gap > section.max_logprob_gap and not older:
+    if gap is not None and gap > section.max_logprob_gap and not replayed:
         say("logprob_gap", gap, section.max_logprob_gap, "sampler and trainer no longer compute the same policy")
     return found

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ..rollouts.samplers.base import Sample
 from ..rollouts.types import Group, Trajectory
 from .advantage import Baseline, Scale, advantages
 
@@ -79,6 +80,13 @@ def rows_of(trajectory: Trajectory, advantage: float) -> list[Row]:
         )
     whole = sum(row.trained for row in rows)
     return [replace(row, share=row.trained / whole) for row in rows] if len(rows) > 1 else rows
+
+
+def sampled_row(prompt: Sequence[int], sample: Sample) -> Row:
+    """One sample behind its prompt, of no trajectory."""
+    lead = len(prompt)
+    mask = (False,) * lead + (True,) * len(sample.tokens)
+    return Row((*prompt, *sample.tokens), mask, (0.0,) * lead + sample.logprobs, 0.0, "", "")
 
 
 def rows_of_groups(groups: Sequence[Group], scale: Scale, baseline: Baseline = "mean") -> list[Row]:

@@ -440,6 +440,20 @@ class OnlineGRPOTrainer(GRPOTrainer):
         rest = backbone(input_ids=tokens[:, shared:-1], past_key_values=cache, use_cache=True).last_hidden_state
         return torch.cat([last, rest], dim=1), shared - 1
 
+    def gap(self, rows: list[Row]) -> dict[str, float]:
+        """|policy - recorded| at the sampled tokens of `rows`, in nats: the members of `finished`'s numbers that begin
+        with logprob_gap. Trains nothing.
+        """
+        tally, training = Tally(), self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            for cut in self.cut(rows):
+                micro = collate(cut, self._tokenizer.pad_token_id, self.accelerator.device)
+                logps, entropies = self._score(self.model, micro)
+                tally.add(logps, entropies, micro["sampling_per_token_logps"], micro["tool_mask"])
+        self.model.train(training)
+        return tally.gap()
+
     # ---- after an update
 
     def _after_update(self, logs: Mapping[str, float]) -> bool:

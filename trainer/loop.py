@@ -25,7 +25,7 @@ from ..rollouts.samplers.base import SamplerError
 from ..rollouts.store import StoreError, TrajectoryStore
 from . import alarms
 from . import tasks as tasklists
-from .batch import Batch, BatchSource
+from .batch import Batch, BatchSource, sampled_row
 from .checkpoint import Checkpoint, CheckpointStore, Progress, trained
 from .durable import unwritable
 from .errors import UserError
@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     import torch
 
     from .grpo import OnlineGRPOTrainer
+
+GAP_PROMPTS = 4
+"""Prompts on which a version just published is compared with the trainer, where older versions sample the batches."""
 
 Listener = Callable[[Row], None]
 SourceMaker = Callable[[RunConfig, RolloutSide, Sequence[Task], Progress], BatchSource]
@@ -317,6 +320,7 @@ class Run:
         if numbers:  # empty: there was nothing to train on, so the policy is what it was
             progress.version = self._store_policy()
             self._serve(progress.version)
+            numbers = {**numbers, **self._served_gap(batch)}
         row = self._train_row(batch, numbers)
         progress.seconds += row["seconds_rollout"] + row["seconds_train"]
         self._watch(row)
@@ -329,6 +333,19 @@ class Run:
         if progress.step % self.config.schedule.checkpoint_every == 0:
             self._commit()
         return progress.stopped is not None or progress.step >= self.config.trainer.steps
+
+    def _served_gap(self, batch: Batch) -> Mapping[str, float]:
+        """Asynchronously, where older policies sampled the batch: the gap between sampler and trainer on a few tokens
+        sampled by the version just published; nothing where the sampler gives none now.
+        """
+        if self.side is None or not self._behind():
+            return {}
+        prompts = [row.tokens[: row.mask.index(True)] for row in batch.rows if row.trained][:GAP_PROMPTS]
+        try:
+            samples = self.side.probe(prompts, self.progress.version)
+        except (SamplerError, TimeoutError):
+            return {}
+        return self.trainer.gap([sampled_row(*pair) for pair in zip(prompts, samples, strict=True)])
 
     def _behind(self) -> int:
         """How many versions before the latest may still be sampled from."""
@@ -354,8 +371,7 @@ class Run:
         progress = self.progress
         if progress.first_length is None:
             progress.first_length = row.get("sampled_tokens_mean")
-        older = self.side is None or row["staleness_max"] > 0
-        for alarm in alarms.check(row, self.config.alarms, progress.first_length, older):
+        for alarm in alarms.check(row, self.config.alarms, progress.first_length, replayed=self.side is None):
             self.recorder.emit("alarm", step=progress.step, **asdict(alarm))
             if alarm.stops:
                 progress.stopped = "alarm"

@@ -8,6 +8,7 @@ never trained on.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections import Counter, defaultdict
@@ -23,9 +24,10 @@ from typing import Any
 from ..configs.schema import RunConfig
 from ..envs.core import Task
 from ..rollouts.envpool import EnvPool
+from ..rollouts.episode import episode_key
 from ..rollouts.pace import Pace
 from ..rollouts.runner import GroupSpec, RolloutRunner, together
-from ..rollouts.samplers.base import PUBLISH_SECONDS, Sampler, SamplingParams, Sleeper
+from ..rollouts.samplers.base import PUBLISH_SECONDS, Sample, Sampler, SampleRequest, SamplingParams, Sleeper
 from ..rollouts.store import TrajectoryStore
 from ..rollouts.types import Group, PolicyVersion, Trajectory
 from . import tasks as tasklists
@@ -39,6 +41,10 @@ from .sampling import make_pool, make_runner, make_sampler
 
 SLACK_SECONDS = 60.0
 """Added to every deadline that is a sum of episodes' deadlines."""
+
+
+PROBE_TOKENS = 32
+"""Sampled behind each prompt of a probe."""
 
 
 class RolloutSide:
@@ -149,6 +155,35 @@ class RolloutSide:
         self._rouse()
         work = evaluate_tasks(self._runner, tasks, version, greedy=greedy, step=step)
         return self._loop.call(work, self._deadline(len(tasks)))
+
+    def probe(self, prompts: Sequence[tuple[int, ...]], version: int) -> list[Sample]:
+        """A few tokens behind each prompt, from the whole distribution of `version`, which must be published. Raises
+        `SamplerError`, or `TimeoutError` at the deadline of a turn.
+        """
+        self._rouse()
+        seconds = self.config.episode.turn_seconds
+        return self._loop.call(self._probe(prompts, version, seconds), seconds + SLACK_SECONDS)
+
+    async def _probe(self, prompts: Sequence[tuple[int, ...]], version: int, seconds: float) -> list[Sample]:
+        whole = SamplingParams(self.config.sampling.temperature)
+        requests = [
+            SampleRequest(
+                f"probe-{version}-{i}",
+                prompt,
+                version,
+                episode_key(self.config.name, f"probe-{version}-{i}", 0),
+                min(PROBE_TOKENS, self.config.episode.max_tokens - len(prompt)),
+                (),
+                whole,
+                seconds,
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+        try:
+            return list(await asyncio.gather(*map(self._sampler.sample, requests)))
+        finally:
+            for request in requests:
+                await self._sampler.end_session(request.session)
 
     def _deadline(self, episodes: int) -> float:
         waves = math.ceil(episodes / (self.config.sampler.slots * self.config.sampler.replicas))

@@ -62,7 +62,7 @@ class Tally:
         values = {
             "entropy": float(self.sums.get("entropy", 0.0)) / max(tokens, 1.0),
             "kl": float(self.sums.get("kl", 0.0)) / max(tokens, 1.0),
-            **self._gap(),
+            **self.gap(),
             "trained_tokens": int(tokens),
         }
         for name in sorted({name for logs in self.logs for name in logs} - _NOT_OURS):
@@ -72,7 +72,7 @@ class Tally:
         values["seconds_train"] = time.perf_counter() - self.started
         return values
 
-    def _gap(self) -> dict[str, float]:
+    def gap(self) -> dict[str, float]:
         """The distribution of |policy - recorded|: largest, mean, and the value that one token in a hundred exceeds."""
         seen = torch.cat(self.gaps) if self.gaps else torch.zeros(0)
         if not seen.numel():

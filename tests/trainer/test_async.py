@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import toy
@@ -9,6 +10,7 @@ from espalier.configs.schema import RunConfig
 from espalier.rollouts.store import TrajectoryStore
 from espalier.trainer.checkpoint import CheckpointStore
 from espalier.trainer.loop import train
+from espalier.trainer.rounds import RolloutSide
 from pydantic import ValidationError
 
 
@@ -97,6 +99,30 @@ def test_a_run_that_was_killed_goes_on_and_trains_nothing_twice(toy_base, tmp_pa
     assert result["steps"] == 6 and len(used) == len(set(used))
     assert acknowledged <= set(used) == set(stored(tmp_path / "toy")), "what was stored is trained, once"
     assert max(row["staleness_max"] for row in steps(tmp_path / "toy")) <= 2
+
+
+def test_each_version_is_compared_with_the_trainer_as_it_is_published(toy_base, tmp_path):
+    train(run(toy_base, tmp_path, 2))
+    rows = steps(tmp_path / "toy")
+    assert max(row["staleness_max"] for row in rows) > 0
+    assert all(0 < row["logprob_gap"] < 1e-4 for row in rows), "older versions sampled, and the gap is not theirs"
+
+
+def test_a_sampler_that_serves_another_policy_ends_an_asynchronous_run(toy_base, tmp_path, monkeypatch):
+    """As an engine would that goes on with an adapter from its cache."""
+    serve = RolloutSide.publish
+    first = []
+
+    def stale(self, version):
+        first.append(version)
+        serve(self, replace(version, path=first[1].path, digest=first[1].digest) if len(first) > 1 else version)
+
+    monkeypatch.setattr(RolloutSide, "publish", stale)
+    config = run(toy_base, tmp_path, 2, alarms={"max_logprob_gap": 0.02}, trainer={"steps": 20})
+    result = train(config)
+    assert result["stopped"] == "alarm" and 1 < result["steps"] < 20
+    gaps = [row["logprob_gap_mean"] for row in steps(tmp_path / "toy")]
+    assert gaps[0] < 1e-4 and gaps[-1] > 0.02
 
 
 def test_stopping_early_leaves_nobody_running(toy_base, tmp_path):

@@ -80,7 +80,7 @@ def test_alarms():
         assert alarm.message.startswith("step 4: ")
         assert alarm.stops == (name == "logprob_gap")
         assert check(row(**values), AlarmSection(stop=True), 10.0)[0].stops
-    assert check(row(logprob_gap_mean=0.2), section, 10.0, older=True) == []
+    assert check(row(logprob_gap_mean=0.2), section, 10.0, replayed=True) == []
     assert [a.alarm for a in check(row(**{k: v for d in wrong.values() for k, v in d.items()}), section, 10.0)] == list(
         wrong
     )
