@@ -444,14 +444,15 @@ class OnlineGRPOTrainer(GRPOTrainer):
         """|policy - recorded| at the sampled tokens of `rows`, in nats: the members of `finished`'s numbers that begin
         with logprob_gap. Trains nothing.
         """
-        tally, training = Tally(), self.model.training
-        self.model.eval()
+        tally, model = Tally(), self.adapter
+        training = model.training
+        model.eval()
         with torch.no_grad():
             for cut in self.cut(rows):
                 micro = collate(cut, self._tokenizer.pad_token_id, self.accelerator.device)
-                logps, entropies = self._score(self.model, micro)
+                logps, entropies = self._score(model, micro)
                 tally.add(logps, entropies, micro["sampling_per_token_logps"], micro["tool_mask"])
-        self.model.train(training)
+        model.train(training)
         return tally.gap()
 
     # ---- after an update
