@@ -112,7 +112,7 @@ def train_claimed(
         recorder = Recorder(folder, config, on_event, progress.metrics_bytes)
         stack.callback(recorder.close)
         write_config(folder, config)
-        recorder.emit("phase", phase="loading")
+        recorder.emit("phase", phase="loading", processes=world())
         run = Run(config, folder, base, progress, recorder)
         source = stack.enter_context(_source(run, from_trajectories, make_source))
         run.build(source, checkpoint)

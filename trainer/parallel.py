@@ -1,4 +1,5 @@
-"""Training in several processes of one machine, a GPU each, as `accelerate launch` or `torchrun` start them.
+"""Training in several processes of one machine, a GPU each, as `accelerate launch --multi_gpu` or `torchrun` start
+them.
 
 The first process is the run: it samples, evaluates, stores and commits. The others follow: they hold the model and get
 from the first what it decides. Always true: every process learns of every batch and of every decision to stop, in the

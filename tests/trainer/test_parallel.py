@@ -23,8 +23,8 @@ LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--npro
 
 def run(command, **environment):
     """A command to its end, with the helpers of this folder on its path."""
-    own = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PEERS.parent), **environment}
-    own.pop("PYTHONSAFEPATH", None)
+    path = {"PYTHONPATH": str(PEERS.parent), "PYTHONSAFEPATH": "1"}
+    own = {**os.environ, "OMP_NUM_THREADS": "1", **path, **environment}
     return subprocess.run(command, env=own, capture_output=True, text=True, timeout=400)
 
 
@@ -72,21 +72,19 @@ def test_a_process_that_parts_from_the_others_ends_the_run(base, tmp_path):
     assert "after step 3 the processes hold different adapters" in said
 
 
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--no_python"]
-
-
 def test_a_whole_run_from_the_command_line(toy_base, tmp_path):
     """As a user starts it. The first process alone writes the run and says what came of it, once."""
     config = toy.run_config(toy_base, tmp_path, trainer={"steps": 2, "micro_batch": 3}, env={"id": "toy:Letters-v0"})
     (tmp_path / "config.json").write_text(config.model_dump_json())
     espalier = [sys.executable, "-m", "espalier.trainer.cli", "train", str(tmp_path / "config.json"), "--json"]
-    done = run([*ACCELERATE, "--main_process_port", "0", *espalier])
+    done = run([*LAUNCH, "--no-python", *espalier])
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
     assert found["steps"] == 2
     assert set(found["after"]) == {"sampled", "greedy"}
     rows = [json.loads(line) for line in (tmp_path / "toy" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2]
+    assert rows[0]["processes"] == 2
 
 
 @pytest.mark.long
