@@ -28,8 +28,9 @@ def draw(found: Found, seeds: Sequence[int], titles: Mapping[str, str], path: Pa
     families.bar([p - 0.2 for p in places], before, 0.4, color="#b8b8b8", label="base")
     families.bar([p + 0.2 for p in places], after, 0.4, color="#2a7f62", label="after GRPO")
     families.set_xticks(list(places), names, rotation=40, ha="right")
-    families.set(ylim=(0, 1), title="By family (median of seeds)")
-    families.legend(frameon=False)
+    families.set(ylim=(0, 1))
+    families.set_title("By family (median of seeds)", pad=28)
+    families.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     for place, arm in enumerate(reversed(list(titles))):
         for seed in seeds:
             got = found[arm][seed]["sampled"]
@@ -41,6 +42,19 @@ def draw(found: Found, seeds: Sequence[int], titles: Mapping[str, str], path: Pa
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+
+
+def verdict(figures: Mapping[str, float]) -> str:
+    """Whether GRPO's interval stands apart from every control's, in words."""
+    low, high = figures["final_pass1_low"], figures["best_control_pass1_high"]
+    best = (
+        "fine-tuning on its own successes" if figures["rejection_pass1"] >= figures["imitation_pass1"] else "imitation"
+    )
+    apart = "stands above" if low > high else "does not stand above"
+    return (
+        f"GRPO's lower bound, {low:.3f}, {apart} the upper bound of the best control ({best}), {high:.3f}: medians of "
+        "the seeds."
+    )
 
 
 def by_family(found: Found, seeds: Sequence[int]) -> tuple[list[str], list[float], list[float]]:
@@ -91,13 +105,15 @@ def report(
         "",
         "## How much of it is sharpening",
         "",
-        f"Sampling at temperature 0 alone lifts the base from {figures['base_pass1']:.3f} to "
-        f"{figures['base_greedy']:.3f}: that share, {max(0.0, min(1.0, sharpened)):.0%} of the gain in sampled pass@1, "
-        f"needs no learning and is sharpening. Greedy pass@1 itself rises by {figures['greedy_gain']:.3f}: there the "
+        f"Sampling at temperature 0 alone takes the base from {figures['base_pass1']:.3f} to "
+        f"{figures['base_greedy']:.3f}: {max(0.0, min(1.0, sharpened)):.0%} of the gain in sampled pass@1 needs no "
+        f"learning and is sharpening. Greedy pass@1 itself rises by {figures['greedy_gain']:.3f}: there the "
         "habit that was the base's first choice was unlearnt. Nearly all of what the trained policy does, the base did now and then "
         f"(pass@{most.removeprefix('base_pass')} {figures[most]:.3f}): reinforcement learning chose among what was there.",
         "",
         "## Controls",
+        "",
+        verdict(figures),
         "",
         "* Fine-tuned on its own successes: as many episodes as GRPO used, all sampled from the base; distinct "
         "successes imitated for four epochs with the same adapter and optimizer, once at GRPO's learning rate and once at a "
