@@ -159,6 +159,7 @@ def _dry_run(config: RunConfig, *, as_json: bool) -> Result:
         "room_bytes": plan.room,
         "total_bytes": plan.total,
         "parts": [{"name": part.name, "bytes": part.bytes, "how": part.how} for part in plan.parts],
+        "speed": plan.speed,
         "missing": [{"what": missing.what, "mend": missing.mend} for missing in plan.missing],
         "exit_code": 1 if plan.missing else 0,
     }
@@ -166,7 +167,8 @@ def _dry_run(config: RunConfig, *, as_json: bool) -> Result:
 
 def _require_model(config: RunConfig) -> None:
     """Say at once that the model is not here, before anything heavy is loaded."""
-    from .plan import find_model, missing_model
+    from .plan import missing_model
+    from .shapes import find_model
 
     if find_model(config.policy.base) is None:
         missing = missing_model(config.policy.base)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal
 from weakref import WeakKeyDictionary, ref
@@ -28,10 +27,10 @@ from ..types import PolicyVersion
 from .base import TRAINING, Sample, SampleRequest, SamplerError, check_size
 from .torch_engine import Engine, Job, Served
 from .torch_model import build, merge_adapter, read_shape, read_tensors
-from .versions import VersionTable, check_files
+from .versions import HoldsVersions, VersionTable, check_files
 
 
-class TorchSampler:
+class TorchSampler(HoldsVersions[Served]):
     """Implements `Sampler`.
 
     `slots`: episodes decoded at once (more may be open: they take turns). `threads`: CPU threads. `max_versions`:
@@ -61,7 +60,7 @@ class TorchSampler:
         self._device, self._dtype = torch.device(device), getattr(torch, dtype)
         self._shape = read_shape(self._base)
         self._tensors: dict[str, Tensor] = read_tensors(self._base)
-        self._table: VersionTable[Served] = VersionTable(max_versions, self._drop)
+        self._table = VersionTable(max_versions, self._drop)
         # One loader with one torch thread: a loader with a team of its own brings OpenMP above the number of cores, and
         # its waits, the trainer's too, from spinning to sleeping (a training step took 2.6 times as long).
         self._loader = ThreadPoolExecutor(1, "espalier-torch-load", torch.set_num_threads, (1,))
@@ -91,31 +90,12 @@ class TorchSampler:
         self._table.admit(version, await loading)
 
     @property
-    def latest(self) -> int:
-        """The number of the version published last. Raises `SamplerError` before the first."""
-        return self._table.latest
-
-    @property
     def batch_invariant(self) -> bool:
         """Whether episodes are the same to the bit in any company: float32 on a CPU whose BLAS lets them be.
 
         Checked when the sampler starts, on the shapes it uses.
         """
         return self._engine.batch_invariant.result(timeout=120.0)
-
-    @property
-    def versions(self) -> tuple[int, ...]:
-        """The resident versions, oldest first."""
-        return tuple(self._table.resident)
-
-    def lease(self, version: int) -> AbstractContextManager[int]:
-        """Hold `version` while an episode uses it. Raises `SamplerError` when it is not resident or being retired."""
-        return self._table.lease(version)
-
-    async def retire(self, version: int) -> None:
-        """Let `version` go: at once when nobody holds it, otherwise when the last lease ends. Unknown versions are
-        ignored."""
-        self._table.retire(version)
 
     async def sample(self, request: SampleRequest) -> Sample:
         """Sample one turn; see `Sampler.sample`. A cancelled or late request frees its slot."""

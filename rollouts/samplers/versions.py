@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Generic, TypeVar
 
 from ..digest import folder_digest
@@ -155,6 +155,32 @@ class VersionTable(Generic[T]):
         self._retiring.discard(number)
         if served is not None:
             self._free(served)
+
+
+class HoldsVersions(Generic[T]):
+    """What a sampler that keeps its versions in a table has of `Sampler`. A subclass sets `_table`."""
+
+    _table: VersionTable[T]
+
+    @property
+    def latest(self) -> int:
+        """The number of the version published last. Raises `SamplerError` before the first."""
+        return self._table.latest
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """The resident versions, oldest first."""
+        return tuple(self._table.resident)
+
+    def lease(self, version: int) -> AbstractContextManager[int]:
+        """Hold `version` while an episode uses it. Raises `SamplerError` when it is not resident or being retired."""
+        return self._table.lease(version)
+
+    async def retire(self, version: int) -> None:
+        """Let `version` go: at once when nobody holds it, otherwise when the last lease ends. Unknown versions are
+        ignored.
+        """
+        self._table.retire(version)
 
 
 def check_files(version: PolicyVersion) -> None:

@@ -27,7 +27,7 @@ import time
 from collections import Counter
 from collections.abc import Coroutine, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -47,7 +47,7 @@ from ..types import PolicyVersion
 from .base import PUBLISH_SECONDS, Sample, SampleRequest, SamplerError, check_size
 from .identity import cache_salt
 from .orphans import Guard
-from .versions import VersionTable, check_files
+from .versions import HoldsVersions, VersionTable, check_files
 from .vllm_limits import (
     card_environment,
     check_adapter,
@@ -82,7 +82,7 @@ class _Served:
     adapter: LoRARequest | None
 
 
-class VllmSampler:
+class VllmSampler(HoldsVersions[_Served]):
     """Implements `Sampler`.
 
     `slots`: episodes decoded at once. `max_versions`: versions resident at once. `max_tokens`: prompt and sample of one
@@ -146,7 +146,7 @@ class VllmSampler:
             self._base_digest = folder_digest(self._base)
         except OSError as error:
             raise SamplerError(f"the base cannot be read: {error}") from None
-        self._table: VersionTable[_Served] = VersionTable(max_versions, self._drop)
+        self._table = VersionTable(max_versions, self._drop)
         self._numbers = itertools.count(1)  # of adapters in the engine and of requests: never used again
         self._pending = 0
         self._failures: list[float] = []
@@ -189,24 +189,6 @@ class VllmSampler:
         if not version.is_base:
             check_adapter(version.path, self._rank)
         await self._in_loop(self._publish(version), PUBLISH_SECONDS)
-
-    @property
-    def latest(self) -> int:
-        """The number of the version published last. Raises `SamplerError` before the first."""
-        return self._table.latest
-
-    @property
-    def versions(self) -> tuple[int, ...]:
-        """The resident versions, oldest first."""
-        return tuple(self._table.resident)
-
-    def lease(self, version: int) -> AbstractContextManager[int]:
-        """Hold `version` while an episode uses it. Raises `SamplerError` when it is not resident or being retired."""
-        return self._table.lease(version)
-
-    async def retire(self, version: int) -> None:
-        """Let `version` go: at once when nobody holds it, otherwise when the last lease ends."""
-        self._table.retire(version)
 
     async def _publish(self, version: PolicyVersion) -> None:
         await self._up.wait()

@@ -21,7 +21,6 @@ import json
 import secrets
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -33,7 +32,7 @@ from ..digest import folder_digest
 from ..types import PolicyVersion
 from .base import PUBLISH_SECONDS, Sample, SampleRequest, SamplerError, check_size
 from .identity import cache_salt
-from .versions import VersionTable, check_files
+from .versions import HoldsVersions, VersionTable, check_files
 from .vllm_limits import check_adapter
 from .vllm_process import VllmProcess
 
@@ -63,7 +62,7 @@ class _Unknown(Exception):
     """The server does not know a model that it has been given: it was started anew."""
 
 
-class VllmServerSampler:
+class VllmServerSampler(HoldsVersions[_Served]):
     """Implements `Sampler`.
 
     `url`: the server's, without /v1. `base`: the same model's folder on this machine. `slots`: episodes decoded at
@@ -96,7 +95,7 @@ class VllmServerSampler:
             self._base_digest = folder_digest(self._base)
         except OSError as error:
             raise SamplerError(f"the base cannot be read: {error}") from None
-        self._table: VersionTable[_Served] = VersionTable(max_versions, self._drop)
+        self._table = VersionTable(max_versions, self._drop)
         self._clients: WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = WeakKeyDictionary()
         self._leaving: set[asyncio.Task[None]] = set()
         self._counts: Counter[str] = Counter()
@@ -136,24 +135,6 @@ class VllmServerSampler:
         except SamplerError:
             self._drop(served)
             raise
-
-    @property
-    def latest(self) -> int:
-        """The number of the version published last. Raises `SamplerError` before the first."""
-        return self._table.latest
-
-    @property
-    def versions(self) -> tuple[int, ...]:
-        """The resident versions, oldest first."""
-        return tuple(self._table.resident)
-
-    def lease(self, version: int) -> AbstractContextManager[int]:
-        """Hold `version` while an episode uses it. Raises `SamplerError` when it is not resident or being retired."""
-        return self._table.lease(version)
-
-    async def retire(self, version: int) -> None:
-        """Let `version` go: at once when nobody holds it, otherwise when the last lease ends."""
-        self._table.retire(version)
 
     async def _examine(self) -> None:
         """Whether the server serves one base, long enough and with the log-probabilities of what it draws from."""
