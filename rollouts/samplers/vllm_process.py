@@ -8,6 +8,7 @@ elsewhere when it ends in order).
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -28,6 +29,11 @@ STOP_SECONDS = 20.0
 LOOK_SECONDS = 0.5
 RESTARTS = 5
 FIRST_PAUSE_SECONDS = 1.0
+PROBE_SECONDS = 30.0
+"""For one token of a server that is suspected to hang, or for any token of those that it works on."""
+
+COUNTERS = ("vllm:generation_tokens_total", "vllm:prompt_tokens_total")
+LARGEST_METRICS = 4_000_000
 LOG_TAIL = 2000
 """Characters of the server's log that an error quotes at most."""
 
@@ -42,7 +48,9 @@ os.execv(sys.executable, [sys.executable, "-m", *sys.argv[2:]])
 
 
 class VllmProcess:
-    """The server. `url` is where it answers; `restarts` how often it was started again."""
+    """The server. `url` is where it answers; `restarts` how often it was started again, `hangs` how often because it
+    hung.
+    """
 
     def __init__(self, base: Path, options: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         """Start it for the model in `base` with command-line `options`, output to `log`, and wait until it is ready.
@@ -52,6 +60,7 @@ class VllmProcess:
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.restarts = 0
+        self.hangs = 0
         self._log = log
         self._command = [
             *(sys.executable, "-c", _DIES_WITH_PARENT, str(os.getpid())),
@@ -60,7 +69,10 @@ class VllmProcess:
         ]
         inherited = {name: value for name, value in os.environ.items() if not of_a_launcher(name)}
         self._environment = {**inherited, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", **environment}
+        self._base = str(base)
         self._stopping = threading.Event()
+        self._probing = threading.Lock()
+        self._ready = False  # the server that runs now
         self._process: subprocess.Popen[bytes] | None = None
         # the kernel ends the server with the *thread* that started it, so that must live as long as we do
         self._watcher = threading.Thread(target=self._watch, name="espalier-vllm-watch", daemon=True)
@@ -89,6 +101,26 @@ class VllmProcess:
         _signal_group(self._process, signal.SIGKILL)  # children that it left
         self._process.wait(STOP_SECONDS)
 
+    def suspect(self) -> None:
+        """Find out, in the background, whether the server hangs; if so it is ended, and started again."""
+        if self._probing.acquire(blocking=False):
+            threading.Thread(target=self._probe, name="espalier-vllm-probe", daemon=True).start()
+
+    def _probe(self) -> None:
+        try:
+            process = self._process
+            if process is None or not self._ready:
+                return
+            before = _progress(self.url)
+            if _answers(self.url, self._base):
+                return
+            after = _progress(self.url)
+            if (after is None or after == before) and process is self._process and not self._stopping.is_set():
+                self.hangs += 1
+                _signal_group(process, signal.SIGKILL)  # which the watcher sees
+        finally:
+            self._probing.release()
+
     def _spawn(self) -> subprocess.Popen[bytes]:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("ab") as log:
@@ -108,14 +140,16 @@ class VllmProcess:
 
     def _watch(self) -> None:
         process = self._process = self._spawn()
-        ready = False
+        ever = False
         while not self._stopping.wait(LOOK_SECONDS):
             if process.poll() is None:
-                ready = ready or _healthy(self.url)
+                self._ready = self._ready or _healthy(self.url)
+                ever = ever or self._ready
                 continue
+            self._ready = False
             _signal_group(process, signal.SIGKILL)
             # one that never was ready would not be the second time either
-            if not ready or self.restarts >= RESTARTS:
+            if not ever or self.restarts >= RESTARTS:
                 return
             if self._stopping.wait(FIRST_PAUSE_SECONDS * 2**self.restarts):
                 return
@@ -141,6 +175,27 @@ def _healthy(url: str) -> bool:
             return bool(answer.status == 200)
     except (OSError, urllib.error.URLError):
         return False
+
+
+def _answers(url: str, model: str) -> bool:
+    """Whether the server says one token within `PROBE_SECONDS`. One that is busy may not: the token waits its turn."""
+    body = json.dumps({"model": model, "prompt": [0], "max_tokens": 1}).encode()
+    request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=PROBE_SECONDS) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def _progress(url: str) -> str | None:
+    """The server's counters of tokens, which change while it works; None when it does not say."""
+    try:
+        with urllib.request.urlopen(f"{url}/metrics", timeout=5.0) as answer:
+            text = answer.read(LARGEST_METRICS).decode("utf-8", "replace")
+    except OSError:
+        return None
+    return "\n".join(line for line in text.splitlines() if line.startswith(COUNTERS))
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:

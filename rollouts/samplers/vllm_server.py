@@ -214,6 +214,8 @@ class VllmServerSampler(HoldsVersions[_Served]):
                 async with asyncio.timeout(request.deadline_s):
                     return await self._until_there(lambda: self._answer(request, served))
         except TimeoutError:
+            if self._process is not None:
+                self._process.suspect()  # late because it hangs?
             raise TimeoutError(f"session {request.session!r} got no sample within {request.deadline_s:g} s.") from None
         finally:
             self._pending -= 1
@@ -272,10 +274,12 @@ class VllmServerSampler(HoldsVersions[_Served]):
 
     def stats(self) -> dict[str, float]:
         """Counters since the start: tokens sampled, of prompts, of these reused from the cache; times that the server
-        was away; adapters loaded again after that."""
+        was away; adapters loaded again after that; starts again of one that is ours, and of these after a hang."""
         names = ("tokens_sampled", "tokens_prompt", "tokens_reused", "away", "reloads")
-        restarts = 0 if self._process is None else self._process.restarts
-        return {**{name: float(self._counts[name]) for name in names}, "restarts": float(restarts)}
+        own = {"restarts": 0, "hangs": 0}
+        if self._process is not None:
+            own = {"restarts": self._process.restarts, "hangs": self._process.hangs}
+        return {name: float(value) for name, value in {**{n: self._counts[n] for n in names}, **own}.items()}
 
     async def close(self) -> None:
         """Let the server forget this run's adapters, or stop it if it is ours; pending requests get a `SamplerError`.

@@ -306,6 +306,30 @@ async def test_a_server_that_dies_is_started_again_and_its_requests_are_answered
     assert served._table.held == {}
 
 
+async def test_a_server_that_hangs_is_started_again_and_one_that_is_busy_is_not(served, monkeypatch) -> None:
+    if not isinstance(served, VllmServerSampler):
+        pytest.skip("about the server")
+    monkeypatch.setattr("espalier.rollouts.samplers.vllm_process.PROBE_SECONDS", 2.0)
+    process, before = served._process, served.stats()
+    busy = [asyncio.create_task(served.sample(ask(range(1, 9), 2, 500, deadline_s=300.0))) for _ in range(24)]
+    await asyncio.sleep(0.1)
+    with pytest.raises(TimeoutError):
+        await served.sample(ask(range(1, 9), 1, 500, deadline_s=0.2))
+    await asyncio.gather(*busy)
+    await asyncio.to_thread(process._probing.acquire, timeout=30)
+    process._probing.release()
+    assert served.stats()["hangs"] == before["hangs"], "control: it was late and not hung"
+    server = psutil.Process(process.pid)
+    for one in [server, *server.children(recursive=True)]:
+        one.suspend()
+    patient = asyncio.create_task(served.sample(ask(range(1, 9), 2, 20, deadline_s=300.0)))
+    with pytest.raises(TimeoutError):
+        await served.sample(ask(range(1, 9), 1, 20, deadline_s=1.0))
+    assert len((await patient).tokens) == 20
+    after = served.stats()
+    assert (after["hangs"], after["restarts"]) == (before["hangs"] + 1, before["restarts"] + 1)
+
+
 @pytest.mark.long
 async def test_an_engine_that_keeps_failing_is_given_up_aloud(base, adapters, monkeypatch) -> None:
     monkeypatch.setattr("espalier.rollouts.samplers.vllm.RESTARTS", 0)
