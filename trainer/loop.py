@@ -320,7 +320,7 @@ class Run:
         if numbers:  # empty: there was nothing to train on, so the policy is what it was
             progress.version = self._store_policy()
             self._serve(progress.version)
-            numbers = {**numbers, **self._served_gap(batch)}
+            numbers = self._with_served_gap(batch, numbers)
         row = self._train_row(batch, numbers)
         progress.seconds += row["seconds_rollout"] + row["seconds_train"]
         self._watch(row)
@@ -334,18 +334,19 @@ class Run:
             self._commit()
         return progress.stopped is not None or progress.step >= self.config.trainer.steps
 
-    def _served_gap(self, batch: Batch) -> Mapping[str, float]:
-        """Asynchronously, where older policies sampled the batch: the gap between sampler and trainer on a few tokens
-        sampled by the version just published; nothing where the sampler gives none now.
+    def _with_served_gap(self, batch: Batch, numbers: Mapping[str, float]) -> Mapping[str, float]:
+        """Asynchronously, where older policies sampled the batch: its gap between sampler and trainer replaced by that
+        on a few tokens sampled by the version just published; by none where the sampler gives none now.
         """
         if self.side is None or not self._behind():
-            return {}
+            return numbers
+        others = {name: value for name, value in numbers.items() if not name.startswith("logprob_gap")}
         prompts = [row.tokens[: row.mask.index(True)] for row in batch.rows if row.trained][:GAP_PROMPTS]
         try:
             samples = self.side.probe(prompts, self.progress.version)
         except (SamplerError, TimeoutError):
-            return {}
-        return self.trainer.gap([sampled_row(*pair) for pair in zip(prompts, samples, strict=True)])
+            return others
+        return {**others, **self.trainer.gap([sampled_row(*pair) for pair in zip(prompts, samples, strict=True)])}
 
     def _behind(self) -> int:
         """How many versions before the latest may still be sampled from."""

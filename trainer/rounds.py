@@ -12,7 +12,7 @@ import asyncio
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,7 +27,15 @@ from ..rollouts.envpool import EnvPool
 from ..rollouts.episode import episode_key
 from ..rollouts.pace import Pace
 from ..rollouts.runner import GroupSpec, RolloutRunner, together
-from ..rollouts.samplers.base import PUBLISH_SECONDS, Sample, Sampler, SampleRequest, SamplingParams, Sleeper
+from ..rollouts.samplers.base import (
+    PUBLISH_SECONDS,
+    Sample,
+    Sampler,
+    SampleRequest,
+    SamplerError,
+    SamplingParams,
+    Sleeper,
+)
 from ..rollouts.store import TrajectoryStore
 from ..rollouts.types import Group, PolicyVersion, Trajectory
 from . import tasks as tasklists
@@ -41,7 +49,6 @@ from .sampling import make_pool, make_runner, make_sampler
 
 SLACK_SECONDS = 60.0
 """Added to every deadline that is a sum of episodes' deadlines."""
-
 
 PROBE_TOKENS = 32
 """Sampled behind each prompt of a probe."""
@@ -73,7 +80,7 @@ class RolloutSide:
         """
         if self._sleeper is not None and not self._asleep:
             with self._turning():
-                self._loop.call(self._sleeper.sleep(), PUBLISH_SECONDS)
+                self._loop.call(_patiently(self._sleeper.sleep), PUBLISH_SECONDS + SLACK_SECONDS)
                 self._asleep = True
         seconds, self._seconds_turning = self._seconds_turning, 0.0
         return seconds
@@ -82,7 +89,7 @@ class RolloutSide:
         if self._sleeper is not None and self._asleep:
             with self._turning():
                 release_cached_memory()
-                self._loop.call(self._sleeper.wake(), PUBLISH_SECONDS)
+                self._loop.call(_patiently(self._sleeper.wake), PUBLISH_SECONDS + SLACK_SECONDS)
                 self._asleep = False
 
     @contextmanager
@@ -198,6 +205,18 @@ class RolloutSide:
         finally:
             self._loop.close()
             self.store.close()
+
+
+async def _patiently(turn: Callable[[], Awaitable[None]]) -> None:
+    """`turn`, tried again while an engine is started anew or its last cancelled requests leave, for a bounded time."""
+    deadline = time.monotonic() + PUBLISH_SECONDS
+    while True:
+        try:
+            return await turn()
+        except SamplerError as error:
+            if not error.retryable or time.monotonic() > deadline:
+                raise
+        await asyncio.sleep(0.05)
 
 
 @contextmanager

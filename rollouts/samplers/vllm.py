@@ -243,13 +243,20 @@ class VllmSampler(HoldsVersions[_Served]):
 
         On the CPU, where vLLM keeps its memory, only the prefix cache is dropped. Raises `SamplerError`.
         """
-        await self._in_loop(self._turn(asleep=True), SLEEP_SECONDS)
+        await self._turn(asleep=True)
 
     async def wake(self) -> None:
         """Take the memory again; the versions are as they were. Raises `SamplerError`."""
-        await self._in_loop(self._turn(asleep=False), SLEEP_SECONDS)
+        await self._turn(asleep=False)
 
     async def _turn(self, *, asleep: bool) -> None:
+        try:
+            await self._in_loop(self._turn_here(asleep), SLEEP_SECONDS)
+        except TimeoutError:
+            said = f"vLLM did not {'fall asleep' if asleep else 'wake'} within {SLEEP_SECONDS:g} s."
+            raise SamplerError(said, retryable=True) from None
+
+    async def _turn_here(self, asleep: bool) -> None:
         await self._up.wait()
         engine = self._engine
         if engine is None:
@@ -261,7 +268,12 @@ class VllmSampler(HoldsVersions[_Served]):
         self._asleep = asleep
         try:
             await (engine.sleep(1) if asleep else engine.wake_up())
-        except EngineDeadError as error:
+        except BaseException as error:
+            self._asleep = not asleep
+            if isinstance(error, asyncio.CancelledError):
+                self._submit(self._probe(engine))  # late because it hangs?
+            if not isinstance(error, EngineDeadError):
+                raise
             self._on_death(engine, error)
             raise SamplerError("vLLM died while it fell asleep or woke.", retryable=True) from error
 

@@ -61,9 +61,6 @@ def check_base(base: Path, device: str) -> None:
         )
 
 
-_LAUNCHER = re.compile(r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*)")
-
-
 def vocabulary(base: Path) -> int | None:
     """How many tokens a base knows; None where its config.json does not say."""
     try:
@@ -86,6 +83,9 @@ def card_environment(card: int) -> dict[str, str]:
     """What shows an engine one card: that at place `card` of those that this process sees."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     return {"CUDA_VISIBLE_DEVICES": visible.split(",")[card].strip() if visible else str(card)}
+
+
+_LAUNCHER = re.compile(r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*)")
 
 
 def of_a_launcher(name: str) -> bool:

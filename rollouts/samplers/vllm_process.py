@@ -8,6 +8,7 @@ elsewhere when it ends in order).
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import signal
@@ -178,13 +179,17 @@ def _healthy(url: str) -> bool:
 
 
 def _answers(url: str, model: str) -> bool:
-    """Whether the server says one token within `PROBE_SECONDS`. One that is busy may not: the token waits its turn."""
+    """Whether the server answers a request for one token within `PROBE_SECONDS`, be it by an error. One that is busy
+    may not: the token waits its turn.
+    """
     body = json.dumps({"model": model, "prompt": [0], "max_tokens": 1}).encode()
     request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=PROBE_SECONDS) as answer:
-            return bool(answer.status == 200)
-    except OSError:
+        urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
+        return True
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, http.client.HTTPException):
         return False
 
 
@@ -193,7 +198,7 @@ def _progress(url: str) -> str | None:
     try:
         with urllib.request.urlopen(f"{url}/metrics", timeout=5.0) as answer:
             text = answer.read(LARGEST_METRICS).decode("utf-8", "replace")
-    except OSError:
+    except (OSError, http.client.HTTPException):
         return None
     return "\n".join(line for line in text.splitlines() if line.startswith(COUNTERS))
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import toy
 from espalier.configs.schema import RunConfig
+from espalier.rollouts.samplers.base import SamplerError
 from espalier.rollouts.store import TrajectoryStore
 from espalier.trainer.checkpoint import CheckpointStore
 from espalier.trainer.loop import train
@@ -123,6 +124,17 @@ def test_a_sampler_that_serves_another_policy_ends_an_asynchronous_run(toy_base,
     assert result["stopped"] == "alarm" and 1 < result["steps"] < 20
     gaps = [row["logprob_gap_mean"] for row in steps(tmp_path / "toy")]
     assert gaps[0] < 1e-4 and gaps[-1] > 0.02
+
+
+def test_where_no_version_can_be_asked_the_gap_of_older_ones_is_not_taken_for_it(toy_base, tmp_path, monkeypatch):
+    def fail(self, prompts, version):
+        raise SamplerError("the engine is started again", retryable=True)
+
+    monkeypatch.setattr(RolloutSide, "probe", fail)
+    result = train(run(toy_base, tmp_path, 2, alarms={"max_logprob_gap": 1e-3}))
+    rows = steps(tmp_path / "toy")
+    assert result["stopped"] is None and max(row["staleness_max"] for row in rows) > 0
+    assert not any("logprob_gap" in row for row in rows)
 
 
 def test_stopping_early_leaves_nobody_running(toy_base, tmp_path):

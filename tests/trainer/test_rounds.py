@@ -8,7 +8,7 @@ import toy
 from espalier.configs.schema import RunConfig
 from espalier.envs.core import Task
 from espalier.rollouts.runner import GroupSpec
-from espalier.rollouts.samplers.base import Sleeper
+from espalier.rollouts.samplers.base import SamplerError, Sleeper
 from espalier.rollouts.samplers.torch import TorchSampler
 from espalier.rollouts.types import Failure, FailureKind, Group
 from espalier.trainer import tasks as tasklists
@@ -95,8 +95,12 @@ class Dormant(TorchSampler):
 
     sleeps = True
     seen = ()
+    busy = 2
 
     async def sleep(self):
+        self.busy -= 1
+        if self.busy > 0:  # its last cancelled requests are on their way out
+            raise SamplerError("1 requests are running; vLLM cannot sleep now.", retryable=True)
         self.seen += ("sleep",)
         await asyncio.sleep(0.05)
 
