@@ -24,9 +24,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .base import Sample, SampleRequest, SamplerError
-from .torch_cache import Cache, Layout, Rows, Segment, attend_decode, attend_segments, layout
+from .torch_attend import Attention, Sight
+from .torch_cache import Cache, Rows
 from .torch_draw import draw, uniforms
-from .torch_model import Attend, Shape, Weights, forward, logits, rotations
+from .torch_model import Shape, Weights, forward, logits, rotations
 from .torch_probe import rows_agree
 from .torch_seats import Key, Seat, Seats, Session
 
@@ -64,10 +65,11 @@ class _Run:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Prompt tokens read in one step, for the prefix or the lane of a seat."""
+    """Prompt tokens read in one step, for the prefix of a seat or for its lane; `at`: how many it has already."""
 
-    segment: Segment
     seat: Seat
+    of_prefix: bool
+    at: int
     tokens: Sequence[int]
 
 
@@ -86,12 +88,14 @@ class Engine:
         dtype: torch.dtype,
     ) -> None:
         self._shape, self._threads, self._device = shape, threads, device
-        self._cache = Cache(shape, *(Rows(shape, slots, device, dtype) for _ in range(2)))
+        kept = torch.float32 if device.type == "cpu" else dtype
+        self._cache = Cache(shape, *(Rows(shape, slots, device, kept) for _ in range(2)))
+        self._attention = Attention(self._cache, device, threads)
+        self._exact = device.type == "cpu" and dtype == torch.float32
         self._angles = rotations(shape, max_tokens, device)[:, None]
         self._seats = Seats(self._cache, slots, cache_tokens)
         self._waiting: deque[Job] = deque()
         self._running: list[_Run] = []
-        self._layouts: dict[Key, tuple[list[tuple[int, int]], Layout]] = {}
         self._counters = dict.fromkeys(
             ("sampled_tokens", "prefilled_tokens", "reused_tokens", "requests", "steps", "busy_s"), 0.0
         )
@@ -130,11 +134,7 @@ class Engine:
     def drop(self, key: Key) -> None:
         """Forget what was computed with a version that no job runs on."""
 
-        def drop() -> None:
-            self._layouts.pop(key, None)
-            self._seats.drop(key)
-
-        self._post(drop)
+        self._post(lambda: self._seats.drop(key))
 
     def stop(self, timeout_s: float = 30.0) -> None:
         """End the thread; open jobs get a `SamplerError`."""
@@ -160,8 +160,7 @@ class Engine:
         reason = SamplerError("the sampler was closed; start another to go on.")
         try:
             torch.set_num_threads(self._threads)
-            exact = self._device.type == "cpu" and self._cache.lanes.k.dtype == torch.float32
-            self.batch_invariant.set_result(exact and rows_agree(self._shape))
+            self.batch_invariant.set_result(self._exact and rows_agree(self._shape))
             with torch.inference_mode():
                 while self._receive():
                     started = time.perf_counter()
@@ -171,6 +170,7 @@ class Engine:
             reason = SamplerError(
                 f"the sampler's engine stopped on {type(error).__name__}: {error}. Start another sampler."
             )
+        self._attention.close()
         with self._condition:
             self._failure = reason
             unanswered, self._open = self._open, set()
@@ -219,7 +219,6 @@ class Engine:
     def _step(self) -> None:
         while self._waiting and self._seat(self._waiting[0]):
             self._waiting.popleft()
-        self._seats.compact([run.seat for run in self._running])
         by_version: dict[Key, list[_Run]] = {}
         for run in self._running:
             by_version.setdefault(run.job.served.key, []).append(run)
@@ -242,87 +241,61 @@ class Engine:
     def _advance(self, served: Served, runs: list[_Run]) -> None:
         """One pass of one version: a token for every run that is ready for one, and pieces of the others' prompts."""
         ready = [run for run in runs if run.seat.prefix.whole and len(run.seat.pending) == 1]
-        decoded = _padded(len(ready))
-        pieces = self._pieces(runs, decoded)
-        size = pieces[-1].segment.start + pieces[-1].segment.padded if pieces else decoded
-        tokens, positions = np.zeros(size, np.int64), np.zeros(size, np.int64)
-        tokens[: len(ready)] = [run.seat.pending[0] for run in ready]
-        positions[: len(ready)] = [run.seat.length for run in ready]
+        pieces = self._pieces(runs)
+        size = _padded(len(ready) + sum(len(piece.tokens) for piece in pieces))
+        tokens, sight = np.zeros(size, np.int64), Sight.of_nothing(size)
+        start = 0
+        for seat, new in [(run.seat, run.seat.pending) for run in ready] + [(p.seat, p.tokens) for p in pieces]:
+            tokens[start : start + len(new)] = new
+            sight.prefix[start : start + len(new)] = seat.prefix.row
+            sight.lane[start : start + len(new)] = seat.lane
+            start += len(new)
+        decoded = len(ready)
+        sight.prefix_seen[:decoded] = [len(run.seat.prefix.tokens) for run in ready]
+        sight.lane_seen[:decoded] = [len(run.seat.session.cached) + 1 for run in ready]
+        start = decoded
         for piece in pieces:
-            at = piece.segment
-            rows = slice(at.start, at.start + at.size)
-            tokens[rows] = piece.tokens
-            positions[rows] = np.arange(at.size) + at.at + at.prefix_length
-        attend = self._attend(served, [run.seat for run in ready], decoded, [piece.segment for piece in pieces])
+            rows = slice(start, start + len(piece.tokens))
+            seen = np.arange(piece.at + 1, piece.at + 1 + len(piece.tokens))
+            sight.prefix_seen[rows] = seen if piece.of_prefix else len(piece.seat.prefix.tokens)
+            sight.lane_seen[rows] = 0 if piece.of_prefix else seen
+            start = rows.stop
+        self._cache.prefixes.grow(int(sight.prefix_seen.max()))
+        self._cache.lanes.grow(int(sight.lane_seen.max()))
+        positions = np.maximum(sight.prefix_seen + sight.lane_seen - 1, 0)
         angles = self._angles.index_select(0, self._tensor(positions))
-        x = forward(served.weights, self._tensor(tokens), angles, attend)
+        x = forward(served.weights, self._tensor(tokens), angles, self._attention.over(sight))
         self._counters["steps"] += 1
         for piece in pieces:
             self._note(piece)
         if ready:
-            self._sample(ready, logits(served.weights, x[:decoded]))
+            self._sample(ready, logits(served.weights, x[: _padded(decoded)]))
 
-    def _pieces(self, runs: list[_Run], start: int) -> list[_Piece]:
-        """What of the prompts is read in this step, standing in the batch from row `start` on."""
+    def _pieces(self, runs: list[_Run]) -> list[_Piece]:
+        """What of the prompts is read in this step."""
         pieces: list[_Piece] = []
         room = READ_TOKENS
         begun: set[int] = set()
         for seat in (run.seat for run in runs):
             prefix, tokens = seat.prefix, seat.pending[: min(room, len(seat.pending) - 1)]
-            at = len(seat.session.cached)
             if prefix.whole and tokens:
-                segment = Segment(
-                    start, len(tokens), _padded(len(tokens)), seat.lane, at, prefix.row, len(prefix.tokens)
-                )
-                pieces.append(_Piece(segment, seat, tokens))
-                self._cache.lanes.grow(seat.lane, at + len(tokens))
+                pieces.append(_Piece(seat, False, len(seat.session.cached), tokens))
             elif not prefix.whole and prefix.row not in begun:
                 begun.add(prefix.row)
-                part = prefix.tokens[prefix.ready : prefix.ready + room]
-                pieces.append(
-                    _Piece(Segment(start, len(part), _padded(len(part)), prefix.row, prefix.ready), seat, part)
-                )
-                self._cache.prefixes.grow(prefix.row, prefix.ready + len(part))
+                tokens = list(prefix.tokens[prefix.ready : prefix.ready + room])
+                pieces.append(_Piece(seat, True, prefix.ready, tokens))
             else:
                 continue
-            start += pieces[-1].segment.padded
-            room -= pieces[-1].segment.padded
+            room -= len(pieces[-1].tokens)
             if room <= 0:
                 break
         return pieces
 
-    def _attend(self, served: Served, seats: list[Seat], decoded: int, segments: list[Segment]) -> Attend:
-        bounded = served.weights.bounded
-        if not seats:
-            return attend_segments(self._cache, segments, bounded, self._device)
-        places = [(seat.lane, seat.prefix.row) for seat in seats]
-        lanes, rows = np.array(places, np.int64).T.copy()
-        known = self._layouts.get(served.key)
-        if known is None or known[0] != places:
-            known = self._layouts[served.key] = places, layout(self._shape, lanes, rows, decoded, self._device)
-        at = known[1]
-        ends = np.array([len(seat.session.cached) for seat in seats], np.int64)
-        prefix_lengths, lane_lengths = np.zeros(at.prefix_rows, np.int64), np.zeros(at.lane_rows, np.int64)
-        prefix_lengths[rows] = [len(seat.prefix.tokens) for seat in seats]
-        lane_lengths[lanes] = ends + 1
-        for lane, end in zip(lanes.tolist(), ends.tolist(), strict=True):
-            self._cache.lanes.grow(lane, end + 1)
-        addresses = self._tensor(self._cache.lanes.addresses(lanes, ends))
-        decode = attend_decode(self._cache, at, addresses, prefix_lengths, lane_lengths, bounded)
-        if not segments:
-            return decode
-        read = attend_segments(self._cache, segments, bounded, self._device)
-
-        def attend(layer: int, heads: Tensor, values: Tensor) -> Tensor:
-            return torch.cat([decode(layer, heads[:decoded], values[:decoded]), read(layer, heads, values)])
-
-        return attend
-
     def _note(self, piece: _Piece) -> None:
         """Record that a piece has been read."""
-        size, prefix = piece.segment.size, piece.seat.prefix
+        size, prefix = len(piece.tokens), piece.seat.prefix
         self._counters["prefilled_tokens"] += size
-        if piece.segment.prefix is None:
+        if piece.of_prefix:
             prefix.ready += size
             if prefix.whole:
                 self._seats.keep(prefix)

@@ -8,16 +8,14 @@ on four rules:
 
 * every matrix product has at least 8 rows, a multiple of 8 (BLAS computes a row the same way whatever their number,
   except when very few);
-* attention runs over blocks of keys whose borders are fixed positions (`torch_cache`), each of fixed width, added in
-  order; keys that an episode does not have count exactly zero, because their value row is zero (its last column,
-  which sums the weights, too);
+* attention looks at each row's own keys, one after the other (`torch_attend`);
 * everything else is elementwise or reduces over a row's own last dimension, of a width that is a multiple of 16;
 * nothing is reduced over rows.
 
 Source of the arithmetic: transformers' `Qwen3ForCausalLM` (RMSNorm, q/k-norm, rotary positions, grouped-query
 attention, SwiGLU). It is the same function, rewritten: input norms' weights are folded into the next matrix, head
-dimensions are permuted so that a rotary pair is one complex number, the softmax scale is folded into the q-norm (in
-base 2), and a column of ones beside the values sums the softmax weights.
+dimensions are permuted so that a rotary pair is one complex number, and the softmax scale is folded into the q-norm (in
+base 2).
 """
 
 from __future__ import annotations
@@ -53,7 +51,6 @@ _LAYER = (
     *(f"mlp.{part}.weight" for part in ("gate_proj", "up_proj", "down_proj")),
 )
 _NARROWEST_HEAD = 16
-_MAX_EXPONENT = 60.0  # |log2 of a softmax weight| up to which no maximum need be subtracted in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +76,9 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One decoder layer, fused. `qkv` makes [q heads, k heads, (v, 1) heads]; `out_t` and `down_t` stand transposed."""
+    """One decoder layer, fused. `qkv` makes [q heads, k heads, v heads]; `out_t` and `down_t` stand transposed."""
 
     qkv: Tensor
-    qkv_bias: Tensor
     qk_norm: Tensor
     out_t: Tensor
     gate_up: Tensor
@@ -91,18 +87,13 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A whole model of one policy version; never changed once made.
-
-    `bounded`: attention scores are provably so small (Cauchy-Schwarz on the q/k-norms) that the softmax needs no
-    maximum subtracted.
-    """
+    """A whole model of one policy version; never changed once made."""
 
     shape: Shape
     embed: Tensor
     layers: tuple[Layer, ...]
     norm: Tensor
     head: Tensor
-    bounded: bool
 
 
 def read_shape(folder: Path) -> Shape:
@@ -215,8 +206,7 @@ def build(shape: Shape, tensors: Mapping[str, Tensor], device: torch.device, dty
         norm = tensors["model.norm.weight"]
     except KeyError as missing:
         raise SamplerError(f"the base has no tensor {missing}; it is not a complete Qwen3 checkpoint.") from None
-    limit = max(_largest_exponent(shape, tensors, f"model.layers.{i}.self_attn.") for i in range(shape.layers))
-    return Weights(shape, embed, layers, norm.float().to(device), head, limit <= _MAX_EXPONENT)
+    return Weights(shape, embed, layers, norm.float().to(device), head)
 
 
 def rotations(shape: Shape, length: int, device: torch.device) -> Tensor:
@@ -228,7 +218,7 @@ def rotations(shape: Shape, length: int, device: torch.device) -> Tensor:
 
 
 Attend = Callable[[int, Tensor, Tensor], Tensor]
-"""(layer, q and k heads (rows, heads + kv_heads, head_dim), values and ones (rows, kv_heads * (head_dim + 1))) ->
+"""(layer, q and k heads (rows, heads + kv_heads, head_dim), values (rows, kv_heads * head_dim)) ->
 (rows, heads * head_dim)"""
 
 
@@ -245,7 +235,7 @@ def forward(weights: Weights, tokens: Tensor, angles: Tensor, attend: Attend) ->
     kind = weights.embed.dtype
     exact = kind == torch.float32
     for number, layer in enumerate(weights.layers):
-        fused = F.linear(_unit(x, eps, kind), layer.qkv, layer.qkv_bias)
+        fused = F.linear(_unit(x, eps, kind), layer.qkv)
         qk = fused[:, :width].view(-1, heads, shape.head_dim)
         qk = _unit(qk if exact else qk.float(), eps).mul_(layer.qk_norm)
         pairs = torch.view_as_complex(qk.view(-1, heads, shape.head_dim // 2, 2)) * angles
@@ -285,26 +275,18 @@ def _layer(shape: Shape, stored: Mapping[str, Tensor], at: str, device: torch.de
     before, after = tensors[at + "input_layernorm.weight"], tensors[at + "post_attention_layernorm.weight"]
     q = tensors[at + "self_attn.q_proj.weight"].view(shape.heads, d, -1)[:, order]
     k = tensors[at + "self_attn.k_proj.weight"].view(kv, d, -1)[:, order]
-    v = F.pad(tensors[at + "self_attn.v_proj.weight"].view(kv, d, -1), (0, 0, 0, 1))
+    v = tensors[at + "self_attn.v_proj.weight"]
     qkv = torch.cat([part.reshape(-1, shape.hidden) for part in (q, k, v)]) * before
-    bias = torch.zeros(qkv.shape[0])
-    bias[(shape.heads + kv) * d :].view(kv, d + 1)[:, d] = 1.0
     scale = math.log2(math.e) / math.sqrt(d)
     q_norm, k_norm = tensors[at + "self_attn.q_norm.weight"][order], tensors[at + "self_attn.k_norm.weight"][order]
     gate_up = torch.cat([tensors[at + "mlp.gate_proj.weight"], tensors[at + "mlp.up_proj.weight"]])
     return Layer(
         qkv=qkv.to(device, dtype),
-        qkv_bias=bias.to(device, dtype),
         qk_norm=torch.cat([(q_norm * scale).expand(shape.heads, d), k_norm.expand(kv, d)]).to(device),
         out_t=tensors[at + "self_attn.o_proj.weight"].t().to(device, dtype).contiguous(),
         gate_up=(gate_up * after).to(device, dtype),
         down_t=tensors[at + "mlp.down_proj.weight"].t().to(device, dtype).contiguous(),
     )
-
-
-def _largest_exponent(shape: Shape, tensors: Mapping[str, Tensor], at: str) -> float:
-    q, k = tensors[at + "q_norm.weight"].abs().max(), tensors[at + "k_norm.weight"].abs().max()
-    return math.sqrt(shape.head_dim) * math.log2(math.e) * float(q) * float(k)
 
 
 def _refuse_adapter(config: Mapping[str, Any], folder: Path) -> None:

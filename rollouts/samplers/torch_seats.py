@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -176,7 +176,6 @@ class Seats:
         rest = prompt[len(tokens) :]
         kept = _common(session.cached, rest[:-1])
         del session.cached[kept:]
-        self._cache.lanes.cut(lane, kept)
         prefix = self._find_prefix(key, tokens)
         prefix.users += 1
         return Seat(session, prefix, lane, list(rest[kept:]), kept + prefix.ready)
@@ -210,25 +209,6 @@ class Seats:
             if held and held.key == key and not held.users:
                 self._prefixes[row] = None
 
-    def compact(self, seats: Sequence[Seat]) -> None:
-        """Move running lanes and prefixes together when idle ones between them cost more than the move.
-
-        A step computes every row up to the last running one.
-        """
-        lanes = {seat.lane: seat for seat in seats}
-        for last, target in _moves(set(lanes)):
-            if idle := self._lanes[target]:
-                self._park(idle)
-            seat = lanes[target] = lanes.pop(last)
-            self._cache.lanes.move(last, target, len(seat.session.cached))
-            self._lanes[last], self._lanes[target] = None, seat.session
-            seat.lane = seat.session.lane = target
-        prefixes = {seat.prefix.row: seat.prefix for seat in seats}
-        for last, target in _moves(set(prefixes)):
-            prefix = prefixes[target] = prefixes.pop(last)
-            self._cache.prefixes.move(last, target, prefix.ready)
-            self._prefixes[last], self._prefixes[target], prefix.row = None, prefix, target
-
     def _find_lane(self, session: Session) -> int | None:
         lane = next((i for i, holder in enumerate(self._lanes) if holder is None), None)
         if lane is None:
@@ -239,7 +219,6 @@ class Seats:
         saved = self._pool.pop(Name(None, session=session.name))
         if saved is None:
             session.cached = []
-            self._cache.lanes.cut(lane, 0)
         else:
             self._cache.lanes.load(lane, saved, len(session.cached))
             self.restored += 1
@@ -269,21 +248,10 @@ class Seats:
         row = next(i for i, held in enumerate(self._prefixes) if held is None or not held.users)
         name, ready = self._pool.nearest(key, tokens)
         saved = self._pool.get(name) if ready else None
-        if saved is None:
-            self._cache.prefixes.cut(row, 0)
-        else:
+        if saved is not None:
             self._cache.prefixes.load(row, saved, ready)
         prefix = self._prefixes[row] = Prefix(key, tokens, row, ready)
         return prefix
-
-
-def _moves(rows: set[int]) -> Iterable[tuple[int, int]]:
-    """Pairs (from, to) that bring running rows together once they reach far beyond their number."""
-    while rows and (last := max(rows)) >= 8 + len(rows) * 3 // 2:
-        target = next(i for i in range(last) if i not in rows)
-        rows.remove(last)
-        rows.add(target)
-        yield last, target
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

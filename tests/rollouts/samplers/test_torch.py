@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from espalier.rollouts.samplers import torch_cache, torch_engine
+from espalier.rollouts.samplers import torch_attend, torch_engine
 from espalier.rollouts.samplers.base import Sample, Sampler, SampleRequest, SamplerError, SamplingParams
 from espalier.rollouts.samplers.torch import TorchSampler
-from espalier.rollouts.samplers.torch_cache import Saved
+from espalier.rollouts.samplers.torch_attend import Attention, Sight
+from espalier.rollouts.samplers.torch_cache import Cache, Rows, Saved
 from espalier.rollouts.samplers.torch_draw import draw, uniforms
-from espalier.rollouts.samplers.torch_model import build, forward, read_shape, read_tensors
+from espalier.rollouts.samplers.torch_model import Shape, build, forward, read_shape, read_tensors
 from espalier.rollouts.samplers.torch_probe import rows_agree
 from espalier.rollouts.samplers.torch_seats import Name, Pool
 from espalier.rollouts.types import PolicyVersion
@@ -88,13 +89,11 @@ def reference_logprobs(
     ],
     ids=["lora", "rslora", "patterns"],
 )
-@pytest.mark.parametrize("norm_scale", [1.0, 3.0], ids=["bounded", "unbounded"])
+@pytest.mark.parametrize("norm_scale", [1.0, 3.0], ids=["small scores", "large scores"])
 async def test_logprobs_are_those_of_transformers_and_peft(tmp_path: Path, config: dict, norm_scale: float) -> None:
     base = make_base(tmp_path / "base", norm_scale=norm_scale, tied=norm_scale == 1.0)
     path = make_adapter(base, tmp_path / "adapter", 3, **config)
     model = PeftModel.from_pretrained(Qwen3ForCausalLM.from_pretrained(base), path).eval()
-    shape = read_shape(base)
-    assert build(shape, read_tensors(base), torch.device("cpu"), torch.float32).bounded == (norm_scale == 1.0)
     async with running(base, version(5, path, base)) as sampler:
         first_prompt = prompt_of(0, 150)
         first = await sampler.sample(request("a", first_prompt, v=5, n=40, params=SamplingParams(temperature=0.7)))
@@ -240,7 +239,7 @@ def check_company(base: Path, adapter: Path, episodes, slots, cache_tokens, paus
     assert together == alone  # tokens and log-probabilities, to the bit
 
 
-@pytest.mark.parametrize("norm_scale", [1.0, 3.0], ids=["bounded", "unbounded"])
+@pytest.mark.parametrize("norm_scale", [1.0, 3.0], ids=["small scores", "large scores"])
 async def test_64_together_equal_each_alone_with_fewer_slots_than_sessions(tmp_path: Path, norm_scale: float) -> None:
     base = make_base(tmp_path, norm_scale=norm_scale)
     episodes = [
@@ -271,8 +270,7 @@ def test_control_a_single_unpadded_row_is_computed_differently(base: Path) -> No
     if torch.backends.mkl.is_available():
         assert not torch.equal(hidden(1), hidden(16)[:1])
         assert rows_agree(weights.shape)
-        assert not rows_agree(weights.shape, linear_rows=(1,))
-        assert not rows_agree(weights.shape, attention_rows=(1,))
+        assert not rows_agree(weights.shape, rows=(1,))
 
 
 async def test_control_keys_left_behind_by_another_episode_are_caught(
@@ -284,8 +282,64 @@ async def test_control_keys_left_behind_by_another_episode_are_caught(
             return await play(sampler, Script("short", prompt_of(2, 30), ((0, 8),)))
 
     clean = await second_in_the_lane()
-    monkeypatch.setattr(torch_cache.Rows, "cut", lambda *_: None)
+    over = torch_attend.Attention.over
+
+    def too_far(self, sight: Sight) -> object:
+        return over(self, replace(sight, lane_seen=np.where(sight.lane_seen > 0, sight.lane_seen + 1, 0)))
+
+    monkeypatch.setattr(torch_attend.Attention, "over", too_far)
     assert await second_in_the_lane() != clean
+
+
+@st.composite
+def sights(draw_) -> Sight:
+    """Rows of a batch, no two of which store at the same place."""
+    sight = Sight.of_nothing(16)
+    for row in range(draw_(st.integers(1, 14))):
+        sight.prefix[row], sight.prefix_seen[row] = draw_(st.integers(0, 2)), draw_(st.integers(0, 60))
+        sight.lane[row], sight.lane_seen[row] = row, draw_(st.integers(0 if row == 0 else 1, 90))
+    return sight
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sight=sights(), heads=st.sampled_from([(4, 4), (4, 2), (6, 1)]), threads=st.integers(1, 3), seed=st.integers(0, 99)
+)
+def test_attention_is_the_softmax_over_what_a_row_sees_compiled_or_gathered(sight, heads, threads, seed) -> None:
+    (q_heads, kv), d = heads, 16
+    rng = np.random.default_rng(seed)
+    shape = Shape(1, 1, 1, 2, q_heads, kv, d, 1e-6, 1e4, True)
+    filling = torch.from_numpy(rng.standard_normal((4, 2, 16 * kv, 128, d), np.float32))
+    given_heads, values = (
+        torch.from_numpy(rng.standard_normal(size, np.float32)) for size in ((16, q_heads + kv, d), (16, kv * d))
+    )
+    found, caches = [], []
+    for way in ("_compiled", "_gathered"):
+        cache = Cache(shape, *(Rows(shape, 16, torch.device("cpu"), torch.float32) for _ in range(2)))
+        for store, full in zip((cache.prefixes, cache.lanes), filling.split(2), strict=True):
+            store.grow(128)
+            store.k.copy_(full[0])
+            store.v.copy_(full[1])
+        attention = Attention(cache, torch.device("cpu"), threads)
+        found.append(getattr(attention, way)(sight)(1, given_heads, values).view(16, q_heads, d))
+        caches.append(cache)
+        attention.close()
+    assert all(torch.equal(a, b) for a, b in zip(*(_stores(cache) for cache in caches), strict=True))
+    for row in range(16):
+        p, n = int(sight.prefix_seen[row]), int(sight.lane_seen[row])
+        for h in range(q_heads if p + n else 0):
+            outer, inner = (int(at[row]) * kv + h * kv // q_heads for at in (sight.prefix, sight.lane))
+            k, v = (
+                torch.cat([store[1, outer, :p], own[1, inner, :n]]).double()
+                for store, own in zip(_stores(caches[0])[:2], _stores(caches[0])[2:], strict=True)
+            )
+            assert torch.equal(k[-1].float(), given_heads[row, q_heads + h * kv // q_heads])
+            expected = torch.softmax(k @ given_heads[row, h].double() * np.log(2), 0) @ v
+            assert all(torch.allclose(one[row, h].double(), expected, atol=1e-5) for one in found)
+
+
+def _stores(cache: Cache) -> list[torch.Tensor]:
+    return [cache.prefixes.k, cache.prefixes.v, cache.lanes.k, cache.lanes.v]
 
 
 async def test_a_prompt_is_read_once_a_group_and_a_session_is_continued(base: Path) -> None:
