@@ -147,7 +147,8 @@ def capabilities(env: gymnasium.Env[Any, Any]) -> frozenset[Capability]:
 class AgentEnv(gymnasium.Env[Observation, Action]):
     """A Gymnasium environment that a language model can act in; one instance, one episode at a time.
 
-    `reset(options={"task": Task})` starts that task; without it the environment draws one by its seeded generator.
+    `reset(options={"task": Task})` starts that task; without it the environment draws one by its seeded generator. In
+    an evaluation `options` also says `"evaluation": True`; the reward of an episode must not depend on it.
     `terminated` means that the agent ended the episode (it submitted, or answered without a call); `truncated` that a
     limit did.
     """

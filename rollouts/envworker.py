@@ -12,6 +12,7 @@ import pickle
 import signal
 import socket
 import sys
+from functools import lru_cache
 from typing import Any
 
 from ..envs.core import AgentEnv, EnvFailure, Observation
@@ -19,6 +20,9 @@ from .envpool import EnvRaised, StepResult, ThreadEnvPool
 from .link import Link
 from .recipe import EnvRecipe
 from .types import plain_info
+
+STARTS_KEPT = 64
+"""Seeds and options of resets that are kept unpickled."""
 
 
 class _Server:
@@ -29,6 +33,8 @@ class _Server:
         self.done = asyncio.Event()
         self._pool: ThreadEnvPool | None = None
         self._envs: dict[int, AgentEnv | None] = {}
+        # a group's episodes start alike: what starts them is unpickled once, so that its task is one object
+        self._unpickled = lru_cache(maxsize=STARTS_KEPT)(pickle.loads)
         self._tasks: set[asyncio.Task[None]] = set()
 
     def _received(self, message: tuple[Any, ...]) -> None:
@@ -88,11 +94,12 @@ class _Server:
             return None
         taken = self._envs[handle]
         assert taken is not None
-        arguments = pickle.loads(payload)  # noqa: S301 - from the process that started this one
         if operation == "reset":
-            observation, info, tools = await self._pool.reset(taken, *arguments)
+            seed, options = self._unpickled(payload)
+            observation, info, tools = await self._pool.reset(taken, seed, dict(options))
             return _plain(observation), plain_info(info), tools
-        return _plain_step(await self._pool.step(taken, *arguments))
+        (action,) = pickle.loads(payload)  # noqa: S301 - from the process that started this one
+        return _plain_step(await self._pool.step(taken, action))
 
     def _leave(self, handle: int, *, fit: bool) -> None:
         env = self._envs.pop(handle, None)

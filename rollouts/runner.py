@@ -105,16 +105,16 @@ class RolloutRunner:
         version: int | Callable[[], int],
         *,
         on_overflow: Overflow | None = None,
-        record: bool = True,
+        evaluation: bool = False,
         on_group: Callable[[Group], None] | None = None,
     ) -> list[Group]:
         """Run all episodes of `specs`; groups in the order of `specs`. An episode runs on one version from start to
         end: on `version`, or on what that gives when the episode gets its place.
 
-        `record=False` keeps them out of the store (evaluations must not be mistaken for training data). `on_group` is
-        called as groups finish, after they are stored. If this is cancelled, episodes in flight end as
-        `Failure(CANCELLED)` and no unfinished group is stored. Raises `StoreError` when the store cannot take a
-        group.
+        `evaluation` is said to the environments, and keeps the episodes out of the store (they must not be mistaken for
+        training data). `on_group` is called as groups finish, after they are stored. If this is cancelled, episodes in
+        flight end as `Failure(CANCELLED)` and no unfinished group is stored. Raises `StoreError` when the store cannot
+        take a group.
         """
         if len({s.id for s in specs}) < len(specs):
             raise ValueError("two groups have the same id")
@@ -125,11 +125,11 @@ class RolloutRunner:
             spec = specs[g]
             async with self._places:
                 number = version if isinstance(version, int) else version()
-                done[g][i] = await self._episode(spec, i, params, number, on_overflow)
+                done[g][i] = await self._episode(spec, i, params, number, on_overflow, evaluation)
             outcomes = [o for o in done[g] if o is not None]
             if len(outcomes) == spec.size:
                 group = groups[g] = _group(spec, outcomes)
-                if record and self._store is not None:
+                if self._store is not None and not evaluation:
                     await asyncio.to_thread(self._store.append, group)
                 if on_group is not None:
                     on_group(group)
@@ -148,6 +148,7 @@ class RolloutRunner:
         params: SamplingParams,
         version: int,
         on_overflow: Overflow | None,
+        evaluation: bool,
     ) -> Outcome:
         """One episode, whatever happens. Raises only `CancelledError`, and counts the episode's end before that."""
         id = f"{spec.id}/{index}"
@@ -162,7 +163,7 @@ class RolloutRunner:
         try:
             with self.sampler.lease(version):
                 try:
-                    outcome = await self._play(episode, spec.task, params)
+                    outcome = await self._play(episode, spec.task, params, evaluation)
                 finally:
                     await self._end_session(id)
         except asyncio.CancelledError:
@@ -176,14 +177,15 @@ class RolloutRunner:
             raise asyncio.CancelledError
         return outcome
 
-    async def _play(self, episode: Episode, task: Task, params: SamplingParams) -> Outcome:
+    async def _play(self, episode: Episode, task: Task, params: SamplingParams, evaluation: bool) -> Outcome:
         """Drive the state machine to its end with a real environment and a real sampler."""
         started = time.monotonic()
         env: Any = None
         fit = False
         try:
             env = await self._pool.take(task.id)
-            request = await self._begin(episode, env, task, started)
+            options = {"task": task, "evaluation": True} if evaluation else {"task": task}
+            request = await self._begin(episode, env, options, started)
             while not isinstance(request, Ended):
                 if isinstance(request, NeedSample):
                     request = await self._sampled(episode, request, params, started)
@@ -199,8 +201,8 @@ class RolloutRunner:
                 (self._pool.give if fit else self._pool.drop)(env)
         return request.outcome
 
-    async def _begin(self, episode: Episode, env: Any, task: Task, started: float) -> Request:
-        observation, info, tools = await self._pool.reset(env, episode.spec.seed, {"task": task})
+    async def _begin(self, episode: Episode, env: Any, options: dict[str, Any], started: float) -> Request:
+        observation, info, tools = await self._pool.reset(env, episode.spec.seed, options)
         return episode.begin(observation, tools, info, self._system_prompt, time.monotonic() - started)
 
     async def _stepped(self, episode: Episode, request: NeedStep, env: Any, started: float) -> Request:

@@ -123,7 +123,7 @@ async def _evaluate(
     specs = [GroupSpec(f"eval/{mode}/{part.id}", part, samples) for some in parts for part in some]
     before = time.monotonic()
     overflow: Overflow = "failure" if runner.episode.on_overflow == "drop" else runner.episode.on_overflow
-    groups = iter(await runner.run_groups(specs, params, version, on_overflow=overflow, record=False))
+    groups = iter(await runner.run_groups(specs, params, version, on_overflow=overflow, evaluation=True))
     found = [[next(groups) for _ in some] for some in parts]
     seconds = time.monotonic() - before
     return summarise(found, tasks, step=step, version=version, mode=mode, samples=samples, seconds=seconds)
@@ -250,7 +250,7 @@ async def do_nothing(
 
 
 def _hand_in(env: AgentEnv, task: Task, seed: int) -> tuple[float, dict[str, Any]]:
-    env.reset(seed=environment_seed(seed, task.id), options={"task": task})
+    env.reset(seed=environment_seed(seed, task.id), options={"task": task, "evaluation": True})
     _, reward, _, _, info = env.step(Action())
     return float(reward), info
 

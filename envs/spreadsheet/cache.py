@@ -5,13 +5,12 @@ An entry is a pure function of (engine, package), so sharing it between environm
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections import OrderedDict
 
 from .engines.base import Engine
 from .package import check_package
-from .task import SpreadsheetTask
+from .task import Case
 from .workspace import Opened, used_rect
 
 MAX_BYTES = 256 * 1024 * 1024
@@ -30,17 +29,15 @@ class BookCache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def get(self, engine: Engine, package: bytes, digest: str | None = None) -> Opened:
-        """The opened workbook of `package` (whose sha256 is `digest`, when the caller knows it). Raises
-        `EngineError`.
-        """
-        key = f"{engine.name} {engine.version} {digest or package_digest(package)}"
+    def get(self, engine: Engine, case: Case) -> Opened:
+        """The opened workbook of `case`. Raises `EngineError`, or `PackageError` for one that is not safe to open."""
+        key = f"{engine.name} {engine.version} {case.digest}"
         with self._lock:
             found = self._entries.get(key)
             if found is not None:
                 self._entries.move_to_end(key)
                 return found
-        made = _open(engine, package)
+        made = _open(engine, case.package)
         with self._lock:
             if key not in self._entries:
                 self._entries[key] = made
@@ -52,20 +49,6 @@ class BookCache:
 
 def _size(opened: Opened) -> int:
     return len(opened.snapshot) + len(opened.package)
-
-
-def package_digest(package: bytes) -> str:
-    """Hex sha256 of an .xlsx package."""
-    return hashlib.sha256(package).hexdigest()
-
-
-def task_digest(task: SpreadsheetTask) -> str:
-    """Hex sha256 of what an episode of `task` depends on, answers included."""
-    digest = hashlib.sha256(repr((task.id, task.instruction, task.answer_position)).encode())
-    for case in task.cases:
-        digest.update(package_digest(case.package).encode())
-        digest.update(repr(sorted(case.golden.items(), key=lambda item: item[0])).encode())
-    return digest.hexdigest()
 
 
 def _open(engine: Engine, package: bytes) -> Opened:

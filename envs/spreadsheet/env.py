@@ -19,7 +19,7 @@ from ..core import Action, AgentEnv, EnvFailure, Message, Observation, Snapshot
 from ..spaces import ActionSpace, ObservationSpace
 from ..tools import Tool, Toolset
 from ..turn import TurnLimits, run_calls
-from .cache import BookCache, package_digest, shared_cache, task_digest
+from .cache import BookCache, shared_cache
 from .coding import CODING
 from .edits import Edit
 from .ending import ENDING
@@ -53,6 +53,7 @@ class _State:
     rng: dict[str, Any]
     over: bool
     turns: int
+    whole: bool
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,11 @@ class SpreadsheetEnv(AgentEnv):
 
     `tasks`: `SpreadsheetTask`s, or a source as `EnvSection.tasks` takes it (then `split`, `seed` and `count` choose).
     `tools`: names of those offered (empty: all); `terse`: shortest schemas. `perturbed`: edits are replayed on every
-    case (hard), else the first one decides; `stop_at_failure`: cases after a failed one are not graded (the reward is
-    the same, "soft" becomes a lower bound, and training saves time). `referee="libreoffice"` settles answer cells on
-    which `engine` and `crosscheck` disagree. `max_turns`: turns after which an episode is truncated, and graded as it
-    stands (None: no limit here). `code_isolation`: how code_interpreter is held in; where it cannot be, the tool
-    refuses (see `interpreter`).
+    case (hard), else the first one decides; `stop_at_failure`: cases after a failed one are not graded, except in an
+    evaluation (the reward is the same, "soft" becomes a lower bound, and training saves time).
+    `referee="libreoffice"` settles answer cells on which `engine` and `crosscheck` disagree. `max_turns`: turns after
+    which an episode is truncated, and graded as it stands (None: no limit here). `code_isolation`: how
+    code_interpreter is held in; where it cannot be, the tool refuses (see `interpreter`).
     Raises `ValueError` for an unknown tool or engine, `EngineError` for a referee that is not installed.
     """
 
@@ -125,13 +126,12 @@ class SpreadsheetEnv(AgentEnv):
         )  # fmt: skip
         self._cache = cache if cache is not None else shared_cache()
         self._engine = get_engine(engine)
-        self._scorer = Scorer(self._engine, self._cache, crosscheck, referee, perturbed, stop_at_failure)
+        self._scorer = Scorer(self._engine, self._cache, crosscheck, referee, perturbed)
         self.workspace = Workspace(self._engine, code_isolation, limits)
         self._toolset = (TOOLS.select(tools) if tools else TOOLS).bind(self.workspace)
         self._task: SpreadsheetTask | None = None
-        self._named: tuple[SpreadsheetTask, str] | None = None
-        self._packed: tuple[SpreadsheetTask, str] | None = None
         self._over = True
+        self._whole = not stop_at_failure
         self._turns = 0
         self.action_space = ActionSpace(self._toolset)
         self.observation_space = ObservationSpace()
@@ -149,7 +149,7 @@ class SpreadsheetEnv(AgentEnv):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
-        """Start `options["task"]`, or a task drawn by the seeded generator.
+        """Start `options["task"]`, or a task drawn by the seeded generator; `options["evaluation"]`: grade every case.
 
         Raises `EnvFailure` ("workbook_unreadable") when its workbook cannot be opened.
         """
@@ -162,25 +162,14 @@ class SpreadsheetEnv(AgentEnv):
         opened = self._open(task)
         self.workspace.load(opened)
         self._task, self._over, self._turns = task, False, 0
+        self._whole = bool((options or {}).get("evaluation")) or not self._options.stop_at_failure
         return Observation((Message(role="user", content=self._opening(task, opened)),)), {"task": task}
 
     def _open(self, task: SpreadsheetTask) -> Opened:
         try:
-            return self._cache.get(self._engine, task.cases[0].package, self._package_digest(task))
+            return self._cache.get(self._engine, task.cases[0])
         except (EngineError, PackageError) as error:
             raise EnvFailure("workbook_unreadable", f"task {task.id}: {error}") from error
-
-    def _task_digest(self, task: SpreadsheetTask) -> str:
-        """The task's digest, computed once for the task under way."""
-        if self._named is None or self._named[0] is not task:
-            self._named = (task, task_digest(task))
-        return self._named[1]
-
-    def _package_digest(self, task: SpreadsheetTask) -> str:
-        """The same of its first package."""
-        if self._packed is None or self._packed[0] is not task:
-            self._packed = (task, package_digest(task.cases[0].package))
-        return self._packed[1]
 
     def _opening(self, task: SpreadsheetTask, opened: Opened) -> str:
         text = task.instruction
@@ -208,7 +197,7 @@ class SpreadsheetEnv(AgentEnv):
         reward = 0.0
         if terminated or truncated:
             self._over = True
-            reward, verdict = self._scorer.score(self._task, self._task_digest(self._task), self.workspace)
+            reward, verdict = self._scorer.score(self._task, self.workspace, whole=self._whole)
             info.update(verdict)
         return Observation(result.messages), reward, terminated, truncated, info
 
@@ -234,7 +223,7 @@ class SpreadsheetEnv(AgentEnv):
             raise EnvFailure("foreign_snapshot", "this snapshot was made by another environment or with other options")
         self.workspace.load(self._open(state.task), state.book, state.journal, state.history)
         self.np_random.bit_generator.state = state.rng
-        self._task, self._over, self._turns = state.task, state.over, state.turns
+        self._task, self._over, self._turns, self._whole = state.task, state.over, state.turns, state.whole
 
     def branch(self, snapshot: Snapshot) -> SpreadsheetEnv:
         """A second environment that continues from `snapshot`; only the cache of starting workbooks is shared."""
@@ -247,11 +236,14 @@ class SpreadsheetEnv(AgentEnv):
             raise RuntimeError("there is no state before the first reset()")
         space = self.workspace
         rng = dict(self.np_random.bit_generator.state)
-        return _State(self._task, space.book.snapshot(), space.journal, space.history, rng, self._over, self._turns)
+        return _State(
+            self._task, space.book.snapshot(), space.journal, space.history, rng, self._over, self._turns, self._whole
+        )
 
     def _digest(self, state: _State) -> str:
-        rest = {"rng": state.rng, "over": state.over, "turns": state.turns, "engine": self._options.engine}
-        parts = (self._task_digest(state.task), state.history, json.dumps(rest, sort_keys=True, default=str))
+        rest = {name: getattr(state, name) for name in ("rng", "over", "turns", "whole")}
+        rest["engine"] = self._options.engine
+        parts = (state.task.digest, state.history, json.dumps(rest, sort_keys=True, default=str))
         return hashlib.sha256("\n".join(parts).encode() + b"\n" + state.book).hexdigest()
 
 

@@ -310,13 +310,13 @@ class Grader:
         package: bytes,
         golden: Mapping[CellKey, Comparable],
         *,
-        start: Book | None = None,
+        start: Callable[[], Book] | None = None,
         digest: str | None = None,
         export: Callable[[], bytes] | None = None,
     ) -> Verdict:
         """The verdict on `book`, which started from `package` (its sha256: `digest`).
 
-        `start`: the starting book if the caller has it at hand; otherwise `package` is opened when it is first met.
+        `start` gives the starting book when a package is first met (None: it is opened).
         """
         check = self._check(package, start, digest) if self.crosscheck is not None else None
         verdict = grade(book, golden, engine=self.engine, check=check, referee=self.referee, export=export)
@@ -324,13 +324,13 @@ class Grader:
             self._checks.pop(digest or _digest(package), None)
         return verdict
 
-    def _check(self, package: bytes, start: Book | None, digest: str | None) -> CrossCheck | None:
+    def _check(self, package: bytes, start: Callable[[], Book] | None, digest: str | None) -> CrossCheck | None:
         if self.crosscheck is None:
             return None
         key = digest or _digest(package)
         found = self._checks.get(key)
         if found is None:
-            found = CrossCheck(self.crosscheck, package, start if start is not None else self.engine.open(package))
+            found = CrossCheck(self.crosscheck, package, start() if start is not None else self.engine.open(package))
             self._checks[key] = found
             while len(self._checks) > self.capacity:
                 self._checks.popitem(last=False)

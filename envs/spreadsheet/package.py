@@ -14,6 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 from xml.parsers import expat
 
@@ -27,6 +28,7 @@ MAX_RATIO = 200
 MAX_XML_DEPTH = 128
 _RATIO_FROM = 1024 * 1024  # below this size a high ratio harms nobody (a sheet of equal rows has one)
 _CHUNK = 1024 * 1024
+_SMALL = 16 * 1024
 
 _OLE = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
 _MACRO_PART = re.compile(
@@ -145,8 +147,9 @@ def _check_members(archive: zipfile.ZipFile, members: list[zipfile.ZipInfo]) -> 
     total = 0
     for member in members:
         is_xml = member.filename.lower().endswith((".xml", ".rels", ".vml"))
-        reader = _XmlCheck(member.filename) if is_xml else None
-        size = 0
+        small = is_xml and member.file_size <= _SMALL
+        reader = _XmlCheck(member.filename) if is_xml and not small else None
+        size, held = 0, b""
         for chunk in _unpacked(archive, member):
             size += len(chunk)
             total += len(chunk)
@@ -155,8 +158,12 @@ def _check_members(archive: zipfile.ZipFile, members: list[zipfile.ZipInfo]) -> 
                 raise PackageError("zip_bomb", f"the file unpacks to more than {MAX_TOTAL_BYTES:,} bytes")
             if reader is not None:
                 reader.feed(chunk, final=False)
+            elif small:
+                held += chunk
         if reader is not None and size:
             reader.feed(b"", final=True)
+        elif held:
+            _check_small(member.filename, held)
 
 
 def _unpacked(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[bytes]:
@@ -165,6 +172,13 @@ def _unpacked(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[byt
     with archive.open(member) as part:
         while chunk := part.read(_CHUNK):
             yield chunk
+
+
+@lru_cache(maxsize=256)
+def _check_small(name: str, data: bytes) -> None:
+    """Read a small XML part through, once: what one program writes has most of them in common."""
+    reader = _XmlCheck(name)
+    reader.feed(data, final=True)
 
 
 class _XmlCheck:

@@ -15,7 +15,7 @@ from functools import lru_cache
 from threading import Lock
 from typing import Any
 
-from .cache import BookCache, package_digest
+from .cache import BookCache
 from .engines import get_engine, get_referee
 from .engines.base import Book, Engine, EngineError
 from .grading import Grader, Verdict
@@ -71,29 +71,29 @@ class Scorer:
         crosscheck: str | None,
         referee: str | None,
         perturbed: bool,
-        stop_at_failure: bool = False,
     ) -> None:
         self._engine = engine
         self._cache = cache
         self._shared = _shared(engine.name, crosscheck, referee)
         self._perturbed = perturbed
-        self._stop_at_failure = stop_at_failure
 
-    def score(self, task: SpreadsheetTask, digest: str, space: Workspace) -> Score:
-        """Reward and what the step's info says about it (see `SpreadsheetEnv.step`). `digest`: `task_digest(task)`."""
-        key = (digest, space.history, self._perturbed, self._stop_at_failure)
+    def score(self, task: SpreadsheetTask, space: Workspace, *, whole: bool = True) -> Score:
+        """Reward and what the step's info says about it (see `SpreadsheetEnv.step`). `whole`: grade every case, also
+        after a failed one.
+        """
+        key = (task.digest, space.history, self._perturbed, whole)
         found = self._shared.score(key)
         if found is None:
-            found = self._score(task, space)
+            found = self._score(task, space, whole)
             if not math.isnan(found[0]):
                 self._shared.keep(key, found)
         return found[0], dict(found[1])
 
-    def _score(self, task: SpreadsheetTask, space: Workspace) -> Score:
-        verdicts = [self._first(task.cases[0], space)]
+    def _score(self, task: SpreadsheetTask, space: Workspace, whole: bool) -> Score:
+        verdicts = [self._verdict(task.cases[0], space)]
         others = task.cases[1:] if self._perturbed else ()
         for case in others:
-            if self._stop_at_failure and verdicts[-1].passed is False:
+            if not whole and verdicts[-1].passed is False:
                 break
             verdicts.append(self._again(case, space))
         passed = tuple(verdict.passed for verdict in verdicts)
@@ -110,15 +110,11 @@ class Scorer:
             return float("nan"), info
         return 1.0, info
 
-    def _first(self, case: Case, space: Workspace) -> Verdict:
-        return self._verdict(case, space, package_digest(case.package))
-
     def _again(self, case: Case, space: Workspace) -> Verdict:
         """The verdict on another case, on which the journal is replayed."""
         other = Workspace(self._engine)
-        digest = package_digest(case.package)
         asked = {self._engine.name: self._engine.version}
-        other.load(self._cache.get(self._engine, case.package, digest))
+        other.load(self._cache.get(self._engine, case))
         try:
             other.replay(space.journal)
         except EngineError:
@@ -127,17 +123,21 @@ class Scorer:
             other.book.recalculate()
         except EngineError:
             return Verdict(None, 0, len(case.golden), asked, tuple(sorted(case.golden)))
-        return self._verdict(case, other, digest)
+        return self._verdict(case, other)
 
-    def _verdict(self, case: Case, space: Workspace, digest: str) -> Verdict:
-        start = self._start(case) if self._shared.grader.crosscheck is not None else None
+    def _verdict(self, case: Case, space: Workspace) -> Verdict:
         with self._shared.lock:
             return self._shared.grader.grade(
-                space.book, case.package, case.golden, start=start, digest=digest, export=space.export
+                space.book,
+                case.package,
+                case.golden,
+                start=lambda: self._start(case),
+                digest=case.digest,
+                export=space.export,
             )
 
     def _start(self, case: Case) -> Book:
-        return self._engine.restore(self._cache.get(self._engine, case.package).snapshot)
+        return self._engine.restore(self._cache.get(self._engine, case).snapshot)
 
     def _collateral(self, task: SpreadsheetTask, space: Workspace) -> int:
         """Cells outside the answer whose formula or constant differs from the start."""

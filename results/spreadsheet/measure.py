@@ -196,7 +196,7 @@ def verdicts(tasks: list[Any], quick: bool) -> dict[str, Any]:
             golden = golden_values(answer, task["answer_position"])
             book = engine.open(answer)
             grader = Grader(engine, check)
-            verdict = grader.grade(book, answer, golden, start=book)
+            verdict = grader.grade(book, answer, golden)
             milliseconds.append(p50_ms(partial(grader.grade, book, answer, golden), 3))
             outcome[{True: "passed", False: "failed", None: "ungraded"}[verdict.passed]] += 1
     return {"golden": dict(outcome), "grade_ms_p50": median(milliseconds), "grade_ms_max": max(milliseconds)}

@@ -242,7 +242,7 @@ async def test_groups_are_stored_before_they_are_announced_and_evaluations_never
         listener = lambda group: announced.append(store.group(group.id) == group)  # noqa: E731
         groups = await s.runner.run_groups(specs, T1, 0, on_group=listener)
         assert announced == [True] * 3 and {g.id: g for g in store.groups()} == {g.id: g for g in groups}
-        await s.runner.run_groups([GroupSpec("held-out", adding.task(7), 2)], T1, 0, record=False)
+        await s.runner.run_groups([GroupSpec("held-out", adding.task(7), 2)], T1, 0, evaluation=True)
         assert store.group("held-out") is None
         with pytest.raises(ValueError, match="same id"):
             await s.runner.run_groups([specs[0], specs[0]], T1, 0)
@@ -337,9 +337,9 @@ async def test_the_check_above_notices_a_lost_episode(plain):
     """Negative control: a runner that swallows failures leaves its books unbalanced."""
 
     class Forgetful(RolloutRunner):
-        async def _play(self, episode, task, params):
+        async def _play(self, *episode):
             self.counts.started += 1  # an episode that nobody will hear of
-            return await super()._play(episode, task, params)
+            return await super()._play(*episode)
 
     async with Setting(plain, solve(plain)) as s:
         s.runner.__class__ = Forgetful

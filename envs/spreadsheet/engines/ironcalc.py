@@ -447,7 +447,7 @@ class IronCalc:
 
         slim, date1904 = calculation_parts(package), reads_1904(package)
         with tempfile.TemporaryDirectory(prefix="espalier-") as folder:
-            path = Path(folder) / "book.xlsx"
+            path = Path(folder) / "book.xlsx"  # the file's name is part of the model, and so of every digest
             path.write_bytes(slim)
             model = _guard("the workbook cannot be opened", lambda: ironcalc.load_from_xlsx(str(path), "en", "UTC"))
         _pin_volatile(model, self.clock, self.seed)

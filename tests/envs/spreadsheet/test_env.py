@@ -197,6 +197,20 @@ def test_stopping_at_a_failure_gives_the_same_reward(drive) -> None:
     assert reward == 1.0 and info["cases"] == (True, True) and info["soft"] == 1.0
 
 
+def test_an_evaluation_grades_every_case_after_a_rollback_too(drive) -> None:
+    call = drive(stop_at_failure=True)
+    env = call.env
+    start = env.snapshot()
+    env.reset(seed=0, options={"task": env.tasks[0], "evaluation": True})
+    evaluation = env.snapshot()
+    assert evaluation.digest != start.digest
+    assert solve(call, None, 23)[4]["cases"] == (False, False)
+    env.rollback(start)
+    assert solve(call, None, 23)[4]["cases"] == (False,)
+    env.rollback(evaluation)
+    assert solve(call, None, 23)[4]["cases"] == (False, False)
+
+
 def test_an_edit_another_case_does_not_allow_fails_it(task: SpreadsheetTask) -> None:
     import io
 
@@ -327,13 +341,13 @@ def openpyxl_calls(body: Callable[[], object]) -> int:
 def test_a_reset_restores_and_the_cache_is_bounded(task: SpreadsheetTask) -> None:
     engine = get_engine()
     cache = BookCache(max_bytes=1)
-    first = cache.get(engine, task.cases[0].package)
-    assert cache.get(engine, task.cases[0].package) is first
-    second = cache.get(engine, task.cases[1].package)
-    assert len(cache) == 1 and cache.get(engine, task.cases[1].package) is second
+    first = cache.get(engine, task.cases[0])
+    assert cache.get(engine, task.cases[0]) is first
+    second = cache.get(engine, task.cases[1])
+    assert len(cache) == 1 and cache.get(engine, task.cases[1]) is second
     roomy = BookCache()
     for case in task.cases:
-        roomy.get(engine, case.package)
+        roomy.get(engine, case)
     assert len(roomy) == 2 and roomy.bytes <= roomy.max_bytes
 
 
