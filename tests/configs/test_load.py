@@ -45,7 +45,7 @@ def test_overrides_are_typed_by_the_schema():
     assert config.env.tools == ("submit", "write_range") and config.eval.greedy is True
     assert (config.policy.lora.rank, config.policy.lora.alpha) == (8, 4.0)
     assert config.eval.early_stop is None and config.seed == 7 and str(config.out) == "else"
-    assert config.env.kwargs == {"engine": "formualizer", "perturbed": False}
+    assert config.env.kwargs == {"stop_at_failure": True, "engine": "formualizer", "perturbed": False}
 
 
 def test_an_override_leaves_the_rest_of_its_section():
