@@ -11,7 +11,7 @@ from espalier.configs.schema import RunConfig
 from espalier.rollouts.digest import folder_digest
 from espalier.rollouts.types import PolicyVersion
 from espalier.trainer import tasks as tasklists
-from espalier.trainer.rounds import open_rollouts
+from espalier.trainer.rollout_side import open_rollouts
 
 EVALUATION_SEED = 0
 

@@ -33,7 +33,8 @@ from .evaluate import EvalResult
 from .metrics import Recorder, Row
 from .parallel import Shared, follows, share, shared_end, world
 from .policy import PolicyStore, resolve_base
-from .rounds import ReplaySource, RolloutSide, batch_source, describe, open_rollouts
+from .rollout_side import RolloutSide, open_rollouts
+from .rounds import ReplaySource, batch_source, describe
 from .runs import claim
 
 if TYPE_CHECKING:

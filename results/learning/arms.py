@@ -94,7 +94,7 @@ def rejection_sampling(config: RunConfig, episodes: int, epochs: int) -> dict[st
     from espalier.rollouts.runner import GroupSpec
     from espalier.trainer import tasks as tasklists
     from espalier.trainer.policy import PolicyStore, resolve_base
-    from espalier.trainer.rounds import open_rollouts
+    from espalier.trainer.rollout_side import open_rollouts
 
     began = time.monotonic()
     folder, model = config.out / config.name, resolve_base(config.policy.base)

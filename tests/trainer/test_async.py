@@ -11,7 +11,7 @@ from espalier.rollouts.samplers.base import SamplerError
 from espalier.rollouts.store import TrajectoryStore
 from espalier.trainer.checkpoint import CheckpointStore
 from espalier.trainer.loop import train
-from espalier.trainer.rounds import RolloutSide
+from espalier.trainer.rollout_side import RolloutSide
 from pydantic import ValidationError
 
 

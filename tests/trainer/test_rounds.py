@@ -15,7 +15,8 @@ from espalier.trainer import tasks as tasklists
 from espalier.trainer.checkpoint import Progress
 from espalier.trainer.errors import UserError
 from espalier.trainer.policy import PolicyStore
-from espalier.trainer.rounds import RolloutSide, SyncSource
+from espalier.trainer.rollout_side import RolloutSide
+from espalier.trainer.rounds import SyncSource
 from espalier.trainer.sampling import make_pool, make_sampler
 from pydantic import ValidationError
 

@@ -1,0 +1,228 @@
+"""The rollout side of a run: environments, sampler, runner and store in an event loop of their own, behind blocking
+calls.
+
+Always true: every wait has a deadline that grows with what was begun; a group that is stored already is taken instead
+of sampled again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..configs.schema import RunConfig
+from ..envs.core import Task
+from ..rollouts.envpool import EnvPool
+from ..rollouts.episode import episode_key
+from ..rollouts.runner import GroupSpec, RolloutRunner, together
+from ..rollouts.samplers.base import (
+    PUBLISH_SECONDS,
+    Sample,
+    Sampler,
+    SampleRequest,
+    SamplerError,
+    SamplingParams,
+    Sleeper,
+)
+from ..rollouts.store import TrajectoryStore
+from ..rollouts.types import Group, PolicyVersion
+from .background import Background
+from .evaluate import EvalResult, evaluate_tasks
+from .model import release_cached_memory
+from .sampling import make_pool, make_runner, make_sampler
+
+SLACK_SECONDS = 60.0
+"""Added to every deadline that is a sum of episodes' deadlines."""
+
+PROBE_TOKENS = 32
+"""Sampled behind each prompt of a probe."""
+
+
+class RolloutSide:
+    """Everything that makes trajectories, for callers without an event loop."""
+
+    def __init__(self, config: RunConfig, base: Path, sampler: Sampler, pool: EnvPool, folder: Path) -> None:
+        self.config = config
+        self.store = TrajectoryStore(folder / "trajectories")
+        self._sampler = sampler
+        self._loop = Background("espalier-rollouts")
+        self._runner = self._loop.call(self._make_runner(base, pool), SLACK_SECONDS)
+        self._seconds = config.episode.max_seconds
+        self._params = SamplingParams(config.sampling.temperature, config.sampling.top_p, config.sampling.top_k)
+        self._published: list[int] = []
+        self._sleeper = sampler if isinstance(sampler, Sleeper) and sampler.sleeps else None
+        self._asleep = False
+        self._seconds_turning = 0.0
+        self._begun: dict[Future[list[list[Group]]], int] = {}  # and how many episodes they take at most
+
+    async def _make_runner(self, base: Path, pool: EnvPool) -> RolloutRunner:
+        return make_runner(self.config, base, self._sampler, pool, self.store)
+
+    def rest(self) -> float:
+        """Leave the card to the trainer, where they have it by turns; what needs the sampler next wakes it. Returns the
+        seconds that falling asleep and waking took since the last rest.
+        """
+        if self._sleeper is not None and not self._asleep:
+            with self._turning():
+                self._loop.call(_patiently(self._sleeper.sleep), PUBLISH_SECONDS + SLACK_SECONDS)
+                self._asleep = True
+        seconds, self._seconds_turning = self._seconds_turning, 0.0
+        return seconds
+
+    def _rouse(self) -> None:
+        if self._sleeper is not None and self._asleep:
+            with self._turning():
+                release_cached_memory()
+                self._loop.call(_patiently(self._sleeper.wake), PUBLISH_SECONDS + SLACK_SECONDS)
+                self._asleep = False
+
+    @contextmanager
+    def _turning(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._seconds_turning += time.perf_counter() - began
+
+    def publish(self, version: PolicyVersion) -> None:
+        """Serve `version` from now on and let the others go as their episodes end."""
+        self._rouse()
+        self._loop.call(self._sampler.publish(version), PUBLISH_SECONDS + SLACK_SECONDS)
+        for old in self._published:
+            if old != version.number:
+                self._loop.call(self._sampler.retire(old), SLACK_SECONDS)
+        self._published = [version.number]
+
+    def groups(self, specs: Sequence[GroupSpec], version: int) -> list[Group]:
+        """The groups of `specs`: those that are stored already, the rest (and those that failed whole) sampled now."""
+        return [group for chain in self.chains([[spec] for spec in specs], version, _anything) for group in chain]
+
+    def chains(
+        self, chains: Sequence[Sequence[GroupSpec]], version: int, enough: Callable[[Group], bool]
+    ) -> list[list[Group]]:
+        """Of each chain the groups up to the first that is `enough`, taken or sampled like `groups`; all chains at
+        once, so that no slot of the sampler waits for the slowest episode of a round.
+        """
+        return self.finish(self.begin(chains, version, enough))
+
+    def begin(
+        self, chains: Sequence[Sequence[GroupSpec]], version: int | None, enough: Callable[[Group], bool]
+    ) -> Future[list[list[Group]]]:
+        """Begin with `chains` and go on; `finish` waits for them. `version` None: each episode runs on what is the
+        latest when it begins.
+        """
+        self._rouse()
+        future = self._loop.start(together(self._chain(chain, version, enough) for chain in chains))
+        self._begun[future] = sum(spec.size for chain in chains for spec in chain)
+        return future
+
+    def finish(self, future: Future[list[list[Group]]]) -> list[list[Group]]:
+        """The groups that were begun, when all are done; what was begun besides takes the same slots."""
+        try:
+            return self._loop.result(future, self._deadline(sum(self._begun.values())))
+        finally:
+            del self._begun[future]
+
+    def abandon(self) -> None:
+        """End what was begun and nobody will wait for any more; unfinished groups are not stored."""
+        for future in self._begun:
+            future.cancel()
+        self._begun.clear()
+
+    async def _chain(
+        self, chain: Sequence[GroupSpec], version: int | None, enough: Callable[[Group], bool]
+    ) -> list[Group]:
+        by = (lambda: self._sampler.latest) if version is None else version
+        groups: list[Group] = []
+        for spec in chain:
+            found = self.store.group(spec.id)
+            if found is None or not found.trajectories:
+                (found,) = await self._runner.run_groups([spec], self._params, by)
+            groups.append(found)
+            if enough(found):
+                break
+        return groups
+
+    def evaluate(self, tasks: Sequence[Task], version: int, step: int, greedy: bool) -> EvalResult:
+        """Measure `version`, which must be published."""
+        self._rouse()
+        work = evaluate_tasks(self._runner, tasks, version, greedy=greedy, step=step)
+        return self._loop.call(work, self._deadline(len(tasks)))
+
+    def probe(self, prompts: Sequence[tuple[int, ...]], version: int) -> list[Sample]:
+        """A few tokens behind each prompt, from the whole distribution of `version`, which must be published. Raises
+        `SamplerError`, or `TimeoutError` at the deadline of a turn.
+        """
+        self._rouse()
+        seconds = self.config.episode.turn_seconds
+        return self._loop.call(self._probe(prompts, version, seconds), seconds + SLACK_SECONDS)
+
+    async def _probe(self, prompts: Sequence[tuple[int, ...]], version: int, seconds: float) -> list[Sample]:
+        whole = SamplingParams(self.config.sampling.temperature)
+        requests = [
+            SampleRequest(
+                f"probe-{version}-{i}",
+                prompt,
+                version,
+                episode_key(self.config.name, f"probe-{version}-{i}", 0),
+                min(PROBE_TOKENS, self.config.episode.max_tokens - len(prompt)),
+                (),
+                whole,
+                seconds,
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+        try:
+            return list(await asyncio.gather(*map(self._sampler.sample, requests)))
+        finally:
+            for request in requests:
+                await self._sampler.end_session(request.session)
+
+    def _deadline(self, episodes: int) -> float:
+        waves = math.ceil(episodes / (self.config.sampler.slots * self.config.sampler.replicas))
+        return (waves + 1) * self._seconds + SLACK_SECONDS
+
+    def close(self) -> None:
+        """Stop sampling and close the environments and the store."""
+        try:
+            self.abandon()
+            self._loop.call(self._runner.close(), SLACK_SECONDS)
+            self._loop.call(self._sampler.close(), SLACK_SECONDS)
+        finally:
+            self._loop.close()
+            self.store.close()
+
+
+async def _patiently(turn: Callable[[], Awaitable[None]]) -> None:
+    """`turn`, tried again while an engine is started anew or its last cancelled requests leave, for a bounded time."""
+    deadline = time.monotonic() + PUBLISH_SECONDS
+    while True:
+        try:
+            return await turn()
+        except SamplerError as error:
+            if not error.retryable or time.monotonic() > deadline:
+                raise
+        await asyncio.sleep(0.05)
+
+
+@contextmanager
+def open_rollouts(
+    config: RunConfig, base: Path, tasks: Sequence[Task], folder: Path, training: int = 0
+) -> Iterator[RolloutSide]:
+    """The rollout side with the configured sampler and environment; `training` processes train beside it.
+
+    Raises UserError for an environment that cannot be made.
+    """
+    pool = make_pool(config, tasks)
+    side = RolloutSide(config, base, make_sampler(config, base, training), pool, folder)
+    try:
+        yield side
+    finally:
+        side.close()
+
+
+def _anything(_: Group) -> bool:
+    return True
