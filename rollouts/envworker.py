@@ -23,6 +23,8 @@ from .types import plain_info
 
 STARTS_KEPT = 64
 """Seeds and options of resets that are kept unpickled."""
+START_BYTES = 1 << 20
+"""Pickled bytes up to which one is kept."""
 
 
 class _Server:
@@ -95,7 +97,7 @@ class _Server:
         taken = self._envs[handle]
         assert taken is not None
         if operation == "reset":
-            seed, options = self._unpickled(payload)
+            seed, options = (self._unpickled if len(payload) <= START_BYTES else pickle.loads)(payload)
             observation, info, tools = await self._pool.reset(taken, seed, dict(options))
             return _plain(observation), plain_info(info), tools
         (action,) = pickle.loads(payload)  # noqa: S301 - from the process that started this one
