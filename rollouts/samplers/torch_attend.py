@@ -11,10 +11,10 @@ import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -41,11 +41,6 @@ class Sight:
     lane: Ints
     lane_seen: Ints
 
-    @classmethod
-    def of_nothing(cls, rows: int) -> Sight:
-        """Padding only, to be filled in."""
-        return cls(*(np.zeros(rows, np.int64) for _ in range(4)))
-
 
 class Attention:
     """Attention over one cache. On a CPU `threads` threads share a batch's rows; `close` ends them."""
@@ -71,15 +66,16 @@ class Attention:
         most = int((sight.prefix_seen + sight.lane_seen).max(initial=1))
         parts = min(self._threads, -(-rows // _ROWS_A_THREAD))
         borders = list(pairwise(i * rows // parts for i in range(parts + 1)))
+        store, look = _loops()
 
         def attend(layer: int, heads: Tensor, values: Tensor) -> Tensor:
             stores = [s[layer].numpy() for s in (cache.prefixes.k, cache.prefixes.v, cache.lanes.k, cache.lanes.v)]
             given, found = heads.numpy(), torch.empty(rows, shape.heads * shape.head_dim)
             out = found.numpy()
-            _store(given, values.float().numpy(), shape.heads, *stores, *seen)
+            store(given, values.float().numpy(), shape.heads, *stores, *seen)
 
             def part(a: int, b: int) -> None:
-                _attend(given, shape.heads, *stores, *seen, a, b, np.empty(most, np.float32), out)
+                look(given, shape.heads, *stores, *seen, a, b, np.empty(most, np.float32), out)
 
             others = [self._team.submit(part, *border) for border in borders[1:]] if self._team else []
             part(*borders[0])
@@ -139,22 +135,26 @@ class Attention:
         return (prefix, p), (lane, n), sees[:, None, None]
 
 
-def _compile(function: Any) -> Any:
-    """Compiled at the first call, without the interpreter lock; kept on disk where there is a place for it.
+@cache
+def _loops() -> tuple[Any, Any]:
+    """`_store` and `_attend` compiled, without the interpreter lock; kept on disk where there is a place for it.
 
-    Sums may be reordered within a row (vectorised), the same way each time.
+    numba is loaded when it is first needed: where its llvmlite is loaded, vLLM 0.32's CPU workers fail to start. Sums
+    may be reordered within a row (vectorised), the same way each time.
     """
+    import numba
+
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
     try:
-        return numba.njit(cache=True, **options)(function)
+        store, attend = (numba.njit(cache=True, **options)(loop) for loop in (_store, _attend))
     except RuntimeError:  # neither the package's folder nor the user's cache can be written
-        return numba.njit(**options)(function)
+        store, attend = (numba.njit(**options)(loop) for loop in (_store, _attend))
+    return store, attend
 
 
 F32 = NDArray[np.float32]
 
 
-@_compile
 def _store(
     heads: F32, values: F32, q_heads: int, outer_k: F32, outer_v: F32, inner_k: F32, inner_v: F32,
     prefix: Ints, prefix_seen: Ints, lane: Ints, lane_seen: Ints,
@@ -171,7 +171,6 @@ def _store(
                 outer_v[prefix[r] * kv + j, prefix_seen[r] - 1] = values[r, j * d : (j + 1) * d]
 
 
-@_compile
 def _attend(
     heads: F32, q_heads: int, outer_k: F32, outer_v: F32, inner_k: F32, inner_v: F32,
     prefix: Ints, prefix_seen: Ints, lane: Ints, lane_seen: Ints, first: int, last: int, weights: F32, out: F32,

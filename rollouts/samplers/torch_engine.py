@@ -65,7 +65,7 @@ class _Run:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Prompt tokens read in one step, for the prefix of a seat or for its lane; `at`: how many it has already."""
+    """Tokens fed in one step, to the prefix of a seat or to its lane; `at`: how many that has already."""
 
     seat: Seat
     of_prefix: bool
@@ -242,24 +242,8 @@ class Engine:
         """One pass of one version: a token for every run that is ready for one, and pieces of the others' prompts."""
         ready = [run for run in runs if run.seat.prefix.whole and len(run.seat.pending) == 1]
         pieces = self._pieces(runs)
-        size = _padded(len(ready) + sum(len(piece.tokens) for piece in pieces))
-        tokens, sight = np.zeros(size, np.int64), Sight.of_nothing(size)
-        start = 0
-        for seat, new in [(run.seat, run.seat.pending) for run in ready] + [(p.seat, p.tokens) for p in pieces]:
-            tokens[start : start + len(new)] = new
-            sight.prefix[start : start + len(new)] = seat.prefix.row
-            sight.lane[start : start + len(new)] = seat.lane
-            start += len(new)
-        decoded = len(ready)
-        sight.prefix_seen[:decoded] = [len(run.seat.prefix.tokens) for run in ready]
-        sight.lane_seen[:decoded] = [len(run.seat.session.cached) + 1 for run in ready]
-        start = decoded
-        for piece in pieces:
-            rows = slice(start, start + len(piece.tokens))
-            seen = np.arange(piece.at + 1, piece.at + 1 + len(piece.tokens))
-            sight.prefix_seen[rows] = seen if piece.of_prefix else len(piece.seat.prefix.tokens)
-            sight.lane_seen[rows] = 0 if piece.of_prefix else seen
-            start = rows.stop
+        fed = [_Piece(run.seat, False, len(run.seat.session.cached), run.seat.pending) for run in ready] + pieces
+        tokens, sight = _batch(fed)
         self._cache.prefixes.grow(int(sight.prefix_seen.max()))
         self._cache.lanes.grow(int(sight.lane_seen.max()))
         positions = np.maximum(sight.prefix_seen + sight.lane_seen - 1, 0)
@@ -269,7 +253,7 @@ class Engine:
         for piece in pieces:
             self._note(piece)
         if ready:
-            self._sample(ready, logits(served.weights, x[: _padded(decoded)]))
+            self._sample(ready, logits(served.weights, x[: _padded(len(ready))]))
 
     def _pieces(self, runs: list[_Run]) -> list[_Piece]:
         """What of the prompts is read in this step."""
@@ -339,6 +323,25 @@ def _result(job: Job) -> Sample | SamplerError | None:
     if len(job.tokens) >= job.request.max_tokens:
         return Sample(tuple(job.tokens), tuple(job.logprobs), "length", number)
     return None
+
+
+def _batch(pieces: Sequence[_Piece]) -> tuple[NDArray[np.int64], Sight]:
+    """The tokens of `pieces` as the rows of one batch, padded, and what each sees."""
+    tokens: list[int] = []
+    prefix: list[int] = []
+    prefix_seen: list[int] = []
+    lane: list[int] = []
+    lane_seen: list[int] = []
+    for piece in pieces:
+        n, seen = len(piece.tokens), range(piece.at + 1, piece.at + 1 + len(piece.tokens))
+        tokens += piece.tokens
+        prefix += [piece.seat.prefix.row] * n
+        prefix_seen += seen if piece.of_prefix else [len(piece.seat.prefix.tokens)] * n
+        lane += [piece.seat.lane] * n
+        lane_seen += [0] * n if piece.of_prefix else seen
+    padding = [0] * (_padded(len(tokens)) - len(tokens))
+    fed, *sight = (np.array(rows + padding, np.int64) for rows in (tokens, prefix, prefix_seen, lane, lane_seen))
+    return fed, Sight(*sight)
 
 
 def _padded(size: int) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -294,7 +296,7 @@ async def test_control_keys_left_behind_by_another_episode_are_caught(
 @st.composite
 def sights(draw_) -> Sight:
     """Rows of a batch, no two of which store at the same place."""
-    sight = Sight.of_nothing(16)
+    sight = Sight(*(np.zeros(16, np.int64) for _ in range(4)))
     for row in range(draw_(st.integers(1, 14))):
         sight.prefix[row], sight.prefix_seen[row] = draw_(st.integers(0, 2)), draw_(st.integers(0, 60))
         sight.lane[row], sight.lane_seen[row] = row, draw_(st.integers(0 if row == 0 else 1, 90))
@@ -336,6 +338,14 @@ def test_attention_is_the_softmax_over_what_a_row_sees_compiled_or_gathered(sigh
             assert torch.equal(k[-1].float(), given_heads[row, q_heads + h * kv // q_heads])
             expected = torch.softmax(k @ given_heads[row, h].double() * np.log(2), 0) @ v
             assert all(torch.allclose(one[row, h].double(), expected, atol=1e-5) for one in found)
+
+
+def test_the_compiler_is_loaded_by_those_who_sample_only() -> None:
+    """vLLM 0.32's CPU workers do not start in a process that has llvmlite loaded, and they import what their parent's
+    program imports.
+    """
+    code = "import sys, espalier.rollouts.samplers.torch; sys.exit('llvmlite' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
 
 
 def _stores(cache: Cache) -> list[torch.Tensor]:
