@@ -87,15 +87,9 @@ class ProcessEnvPool:
         return [worker.pid for worker in workers if worker is not None and worker.alive]
 
     async def take(self, task: str) -> _Handle:
-        """See `EnvPool`; the same task goes to the same worker."""
+        """See `EnvPool`; the same task goes to the same worker. The environment is made by the first reset."""
         worker = await self._worker(self._places[crc32(task.encode()) % len(self._places)])
-        handle = _Handle(worker, next(self._numbers))
-        try:
-            await worker.call("take", handle.number, b"")
-        except BaseException:
-            self.drop(handle)
-            raise
-        return handle
+        return _Handle(worker, next(self._numbers))
 
     async def reset(self, handle: _Handle, seed: int, options: dict[str, Any]) -> Opening:
         """See `EnvPool`; `info` is reduced to what can be kept as JSON."""
@@ -153,7 +147,7 @@ class _Worker:
         self._link = Link(self._received, lambda: self._end(None))
         self._output = _Output()
         self._ready: asyncio.Future[None] = self._loop.create_future()
-        self._calls: dict[int, tuple[str, asyncio.Future[Any]]] = {}
+        self._calls: dict[int, asyncio.Future[Any]] = {}
         self._numbers = count()
         self._heard = 0.0
         self._pinged = False
@@ -212,7 +206,7 @@ class _Worker:
         if not self._calls:
             self._heard, self._pinged = time.monotonic(), False
         future: asyncio.Future[Any] = self._loop.create_future()
-        self._calls[number] = (operation, future)
+        self._calls[number] = future
         if self._timer is None:
             self._timer = self._loop.call_later(self._deadline, self._look)
         try:
@@ -258,13 +252,13 @@ class _Worker:
         self._answer(answer, *rest)
 
     def _answer(self, answer: str, number: int, *said: Any) -> None:
-        operation, future = self._calls.get(number, ("", None))
+        future = self._calls.get(number)
         if future is None or future.done():  # abandoned
             return
         if answer == "timeout":
             future.set_exception(TimeoutError(said[0]))
             return
-        self.answered += operation != "take"
+        self.answered += 1
         match answer:
             case "done":
                 future.set_result(said[0])
@@ -317,7 +311,7 @@ class _Worker:
             how = f"was killed by signal {-status}" if status is not None and status < 0 else f"ended ({status})"
             last = self._output.last_line
             error = EnvFailure("worker_died", f"the environment process {how}" + (f"; it said: {last}" if last else ""))
-        for future in [*(future for _, future in self._calls.values()), self._ready]:
+        for future in [*self._calls.values(), self._ready]:
             if not future.done():
                 future.set_exception(type(error)(*_arguments(error)))
         if not self._ready.cancelled():

@@ -28,7 +28,7 @@ START_BYTES = 1 << 20
 
 
 class _Server:
-    """See the module. `take`, `reset`, `step` are calls; `give`, `drop`, `ping` and `close` are answered at once."""
+    """See the module. `reset` and `step` are calls; `give`, `drop`, `ping` and `close` are not answered, or at once."""
 
     def __init__(self) -> None:
         self.link = Link(self._received, self._orphaned)
@@ -51,8 +51,8 @@ class _Server:
             case "close":
                 self._start(self._close())
             case _:
-                if operation == "take":
-                    self._envs[arguments[1]] = None
+                if operation == "reset":
+                    self._envs.setdefault(arguments[1], None)
                 self._start(self._answer(operation, *arguments))
 
     def _start(self, work: Any) -> None:
@@ -87,15 +87,13 @@ class _Server:
 
     async def _call(self, operation: str, handle: int, payload: bytes) -> Any:
         assert self._pool is not None
-        if operation == "take":
-            env = await self._pool.take()
-            if handle in self._envs:
-                self._envs[handle] = env
-            else:  # nobody waits for it any more
-                self._pool.give(env)
-            return None
         taken = self._envs[handle]
-        assert taken is not None
+        if taken is None:
+            taken = await self._pool.take()
+            if handle not in self._envs:  # nobody waits for it any more
+                self._pool.give(taken)
+                return None
+            self._envs[handle] = taken
         if operation == "reset":
             seed, options = (self._unpickled if len(payload) <= START_BYTES else pickle.loads)(payload)
             observation, info, tools = await self._pool.reset(taken, seed, dict(options))

@@ -292,7 +292,7 @@ async def test_closing_ends_what_is_under_way_and_refuses_what_comes():
 async def test_wrong_arguments_and_missing_modules_are_told_in_a_sentence(tmp_path, monkeypatch):
     async with workers(kwargs={"colour": "red"}) as pool:
         with pytest.raises(EnvRaised, match=r"TypeError: .*colour"):
-            await pool.take("t")
+            await pool.reset(await pool.take("t"), 0, {})
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "soon_gone.py").write_text(
         Path(__file__).with_name("faulty.py").read_text().replace("Faulty-v0", "Gone-v0")

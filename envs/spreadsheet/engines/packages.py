@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import zipfile
+from functools import lru_cache
 
 from .base import EngineError
 
@@ -17,10 +18,12 @@ _NOT_RELATED = re.compile(
 )
 _NOT_REFERRED = re.compile(rb"<(?:\w+:)?(?:legacyDrawing|drawing|legacyDrawingHF|picture)\b[^>]*/>")
 _EMPTY_CELL = re.compile(rb"<c\b([^>]*?)(?:/>|>\s*(?:<v\s*/>|<v>\s*</v>)?\s*</c>)")
+_SLIMMED = re.compile(r"\.rels$|^xl/worksheets/")
 _CELL_TYPE = re.compile(rb"\s+t=[\"'][a-zA-Z]*[\"']")
 _BROKEN = (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, RuntimeError, KeyError)
 
 
+@lru_cache(maxsize=4)  # one engine asks after the other
 def reads_1904(package: bytes) -> bool:
     """Whether the workbook counts dates from 1904-01-01."""
     try:
@@ -39,19 +42,27 @@ def calculation_parts(package: bytes) -> bytes:
     """
     out = io.BytesIO()
     try:
-        with zipfile.ZipFile(io.BytesIO(package)) as source, zipfile.ZipFile(out, "w") as target:
-            for name in source.namelist():
-                if name.endswith("/") or _NOT_LOADED.match(name):
-                    continue
-                data = source.read(name)
-                if name.endswith(".rels"):
-                    data = _NOT_RELATED.sub(b"", data)
-                elif name.startswith("xl/worksheets/"):
-                    data = _EMPTY_CELL.sub(_untyped, _NOT_REFERRED.sub(b"", data))
-                target.writestr(name, data)
+        with zipfile.ZipFile(io.BytesIO(package)) as source:
+            kept = [name for name in source.namelist() if not name.endswith("/") and not _NOT_LOADED.match(name)]
+            slim = {name: _slimmed(name, source.read(name)) for name in kept if _SLIMMED.search(name)}
+            if len(kept) == len(source.namelist()) and all(data is None for data in slim.values()):
+                return package
+            with zipfile.ZipFile(out, "w") as target:
+                for name in kept:
+                    data = slim.get(name)
+                    target.writestr(name, source.read(name) if data is None else data)
     except _BROKEN as error:
         raise EngineError(f"the workbook cannot be opened: {error}") from None
     return out.getvalue()
+
+
+def _slimmed(name: str, data: bytes) -> bytes | None:
+    """A part without what IronCalc does not read rightly; None: it is so already."""
+    if name.endswith(".rels"):
+        slim = _NOT_RELATED.sub(b"", data)
+    else:
+        slim = _EMPTY_CELL.sub(_untyped, _NOT_REFERRED.sub(b"", data))
+    return None if slim == data else slim
 
 
 def _untyped(match: re.Match[bytes]) -> bytes:
