@@ -177,8 +177,7 @@ def _unpacked(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[byt
 @lru_cache(maxsize=256)
 def _check_small(name: str, data: bytes) -> None:
     """Read a small XML part through, once: what one program writes has most of them in common."""
-    reader = _XmlCheck(name)
-    reader.feed(data, final=True)
+    _XmlCheck(name).feed(data, final=True)
 
 
 class _XmlCheck:
