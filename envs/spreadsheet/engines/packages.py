@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 import zipfile
-from functools import lru_cache
 
 from .base import EngineError
 
@@ -20,10 +19,10 @@ _NOT_REFERRED = re.compile(rb"<(?:\w+:)?(?:legacyDrawing|drawing|legacyDrawingHF
 _EMPTY_CELL = re.compile(rb"<c\b([^>]*?)(?:/>|>\s*(?:<v\s*/>|<v>\s*</v>)?\s*</c>)")
 _SLIMMED = re.compile(r"\.rels$|^xl/worksheets/")
 _CELL_TYPE = re.compile(rb"\s+t=[\"'][a-zA-Z]*[\"']")
+_UNPACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _BROKEN = (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, RuntimeError, KeyError)
 
 
-@lru_cache(maxsize=4)  # one engine asks after the other
 def reads_1904(package: bytes) -> bool:
     """Whether the workbook counts dates from 1904-01-01."""
     try:
@@ -38,14 +37,16 @@ def calculation_parts(package: bytes) -> bytes:
     """The package as IronCalc 0.9.1 reads it rightly: no drawings, no comments, no type on empty cells.
 
     The comments that openpyxl writes stop it ("specified file not found"), and the empty cell that openpyxl writes,
-    `<c r="A1" t="n"/>`, it takes for a zero. The original is kept elsewhere; nothing is ever saved from this.
+    `<c r="A1" t="n"/>`, it takes for a zero; of packing methods it knows the common two. A package that has none of
+    these is given back as it is. The original is kept elsewhere; nothing is ever saved from this.
     """
     out = io.BytesIO()
     try:
         with zipfile.ZipFile(io.BytesIO(package)) as source:
             kept = [name for name in source.namelist() if not name.endswith("/") and not _NOT_LOADED.match(name)]
             slim = {name: _slimmed(name, source.read(name)) for name in kept if _SLIMMED.search(name)}
-            if len(kept) == len(source.namelist()) and all(data is None for data in slim.values()):
+            plain = all(member.compress_type in _UNPACKED for member in source.infolist())
+            if plain and len(kept) == len(source.namelist()) and all(data is None for data in slim.values()):
                 return package
             with zipfile.ZipFile(out, "w") as target:
                 for name in kept:

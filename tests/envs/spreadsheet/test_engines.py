@@ -4,6 +4,7 @@ import io
 import stat
 import subprocess
 import sys
+import zipfile
 from contextlib import suppress
 from datetime import UTC, datetime
 
@@ -16,6 +17,7 @@ from espalier.envs.spreadsheet.engines.formualizer import write_cached_values
 from espalier.envs.spreadsheet.engines.guard import Guard
 from espalier.envs.spreadsheet.engines.libreoffice import LibreOffice, find_libreoffice
 from espalier.envs.spreadsheet.engines.volatile import pin, unpin
+from espalier.envs.spreadsheet.families import generate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from openpyxl.comments import Comment
@@ -79,6 +81,16 @@ def test_open_calculates(engine):
     assert found.values("data", 1, 1, 2, 4) == [[1.0, 1.5, 1.5, "text"], [2.0, 3.0, 6.0, None]]
     assert found.formula("Data", 1, 1) is None
     assert (found.formula("Data", 2, 3) or "").replace(" ", "") == "=A2*B2"
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_ironcalc_opens_a_package_however_it_is_packed(method):
+    package, packed = generate(0, 0, "train").cases[0].package, io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(package)) as source, zipfile.ZipFile(packed, "w", method) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    ironcalc = get_engine("ironcalc")
+    assert ironcalc.open(packed.getvalue()).snapshot() == ironcalc.open(package).snapshot()
 
 
 def test_edit_and_recalculate(engine):
