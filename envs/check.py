@@ -268,17 +268,21 @@ def _check_mistakes(factory: Factory, notes: _Notes, seed: int, episodes: int, t
 
 
 def _check_seeding(factory: Factory, notes: _Notes, seed: int, episodes: int, turns: int) -> None:
-    """Same seed, same actions: same observations and rewards, in a fresh environment and in one used before."""
+    """Same seed, same actions: same observations and rewards, in a fresh environment and in one used before, in
+    training and in an evaluation.
+    """
     hint = "Draw only from self.np_random, and start every episode from nothing but the seed and the task."
     with _opened(factory) as one, _opened(factory) as two:
         for episode in range(episodes):
             actions = [*_sampled(one, seed + episode, turns), Action("done")]
             runs = []
-            for env in (one, two, one):
-                opening = env.reset(seed=seed + episode)
+            for env, options in ((one, None), (two, None), (one, None), (one, {"evaluation": True})):
+                opening = env.reset(seed=seed + episode, options=options)
                 runs.append((opening[0], getattr(opening[1].get("task"), "id", None), _play(env, actions)))
             notes.expect(runs[0] == runs[1], "seeding", "two equal environments went apart on one seed", hint)
             notes.expect(runs[0] == runs[2], "seeding_again", "one environment went apart from its first run", hint)
+            told = 'Let options["evaluation"] change what info says at most.'
+            notes.expect(runs[2] == runs[3], "evaluation", "an episode went apart when told it is an evaluation", told)
 
 
 def _check_ending(factory: Factory, notes: _Notes, seed: int, episodes: int, turns: int) -> None:

@@ -271,6 +271,18 @@ class NoTask(Counter):
         return super().reset(**options)[0], {}
 
 
+class KindInEvaluations(Counter):
+    kind = False
+
+    def reset(self, *, options: dict[str, Any] | None = None, **more: Any) -> Any:
+        self.kind = "evaluation" in (options or {})
+        return super().reset(options=options, **more)
+
+    def step(self, action: Action) -> Any:
+        observation, reward, *rest = super().step(action)
+        return observation, reward + self.kind, *rest
+
+
 BROKEN = {
     StepsBeforeReset: "reset_first",
     StepsAfterTheEnd: "after_end",
@@ -294,6 +306,7 @@ BROKEN = {
     DigestOfIdentity: "digest_equal",
     ClosesOnce: "close",
     NoTask: "task",
+    KindInEvaluations: "evaluation",
 }
 
 
