@@ -28,7 +28,7 @@ START_BYTES = 1 << 20
 
 
 class _Server:
-    """See the module. `reset` and `step` are calls; `give`, `drop`, `ping` and `close` are not answered, or at once."""
+    """See the module. `reset` and `step` are calls; the rest is done at once."""
 
     def __init__(self) -> None:
         self.link = Link(self._received, self._orphaned)

@@ -7,11 +7,11 @@ number too varied for batched matrix products to be fast; elsewhere torch's own 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -135,21 +135,18 @@ class Attention:
         return (prefix, p), (lane, n), sees[:, None, None]
 
 
-@cache
+@functools.cache
 def _loops() -> tuple[Any, Any]:
-    """`_store` and `_attend` compiled, without the interpreter lock; kept on disk where there is a place for it.
+    """`_store` and `_attend` compiled, without the interpreter lock.
 
     numba is loaded when it is first needed: where its llvmlite is loaded, vLLM 0.32's CPU workers fail to start. Sums
-    may be reordered within a row (vectorised), the same way each time.
+    may be reordered within a row (vectorised), the same way each time. Nothing is kept on disk: compiling takes a
+    second or two, and a full disk could not stop it.
     """
     import numba
 
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
-    try:
-        store, attend = (numba.njit(cache=True, **options)(loop) for loop in (_store, _attend))
-    except RuntimeError:  # neither the package's folder nor the user's cache can be written
-        store, attend = (numba.njit(**options)(loop) for loop in (_store, _attend))
-    return store, attend
+    compiled = numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+    return compiled(_store), compiled(_attend)
 
 
 F32 = NDArray[np.float32]
