@@ -1,0 +1,7 @@
+"""A sandbox for code that rolls back in a millisecond: files, live interpreter and all."""
+
+from __future__ import annotations
+
+from .box import Box, BoxError, BoxSnapshot, Limits, Output, SnapshotIncomplete
+
+__all__ = ["Box", "BoxError", "BoxSnapshot", "Limits", "Output", "SnapshotIncomplete"]

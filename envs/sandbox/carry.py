@@ -1,0 +1,305 @@
+"""What fork alone does not carry over: open files, pipes, shared memory, timers, finished children.
+
+Runs in the guest. At a snapshot `inspect` looks at the process before it forks and says what stands in the way; the
+frozen copy calls `settle`, and whoever goes on (the worker after a snapshot, a fork of the frozen copy after a rollback)
+calls `adopt` once its own layers are attached. Always true: two processes of one family never share a file offset, a
+pipe or a page of shared memory, and a frozen copy holds no descriptor through which its layer could be written.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import gc
+import os
+import signal
+import stat
+import struct
+import subprocess
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from . import kernel, maps
+
+_TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
+_MAP_SHARED, _MAP_SHARED_ANON, _MAP_FIXED = 0x01, 0x21, 0x10
+_ACCESS = os.O_RDONLY | os.O_WRONLY | os.O_RDWR
+_KEPT_FLAGS = _ACCESS | os.O_APPEND | os.O_NONBLOCK | os.O_DIRECTORY
+MOST_UNLINKED = 64 << 20
+"""Bytes of the largest unlinked file that a snapshot takes along in memory."""
+
+_libc = ctypes.PyDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+_libc.mremap.restype = ctypes.c_void_p
+_libc.mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
+
+
+@dataclass(frozen=True)
+class OpenFile:
+    """One descriptor of a file or folder. `contents`: of a file that was unlinked, which no name leads to any more."""
+
+    fd: int
+    path: str
+    flags: int
+    offset: int
+    inheritable: bool
+    contents: bytes | None = None
+
+
+@dataclass(frozen=True)
+class SharedMap:
+    """One shared mapping: of a file (`path`, from `offset`), or of memory only (no path)."""
+
+    start: int
+    size: int
+    protection: int
+    path: str
+    offset: int
+
+
+@dataclass
+class Carried:
+    """Everything about a process that a fork of it has to be given again."""
+
+    cwd: str = ""
+    files: list[OpenFile] = field(default_factory=list)
+    pipes: dict[int, list[tuple[int, int, bool]]] = field(default_factory=dict)
+    maps: list[SharedMap] = field(default_factory=list)
+    timers: list[tuple[float, float]] = field(default_factory=list)
+    forked: bool = False  # whether who adopts it is a fork of a frozen copy, and not the worker that was copied
+
+
+def plain() -> Carried | None:
+    """What a process holds that has no more than a working directory; None while a timer runs or that is gone."""
+    for which in _TIMERS:
+        if signal.getitimer(which)[0]:
+            return None
+    try:
+        return Carried(os.getcwd())
+    except OSError:
+        return None
+
+
+def again(carried: Carried) -> Carried:
+    """The same for a fork of the frozen copy."""
+    return replace(carried, forked=True)
+
+
+def inspect(own: frozenset[int]) -> tuple[Carried, list[str]]:
+    """What this process holds, and what of it cannot be carried (in words). `own`: the runtime's descriptors."""
+    reasons: list[str] = []
+    carried = Carried()
+    _threads(reasons)
+    _children(reasons)
+    try:
+        carried.cwd = os.getcwd()
+    except OSError:
+        reasons.append("the working directory was deleted")
+    for word in os.listdir("/proc/self/fd"):
+        fd = int(word)
+        if fd > 2 and fd not in own:
+            _descriptor(fd, carried, reasons)
+    for inode, ends in carried.pipes.items():
+        if {flags & _ACCESS for _, flags, _ in ends} != {os.O_RDONLY, os.O_WRONLY}:
+            reasons.append(f"pipe {inode}, whose other end is closed or outside the interpreter")
+    _shared_maps(carried, reasons)
+    try:
+        if Path("/proc/self/timers").read_bytes():
+            reasons.append("a POSIX timer")
+    except OSError:
+        pass
+    carried.timers = [signal.getitimer(which) for which in _TIMERS]
+    return carried, reasons
+
+
+def _threads(reasons: list[str]) -> None:
+    """Threads of a BLAS end when the C library forks and come back with the next product; others cannot be kept."""
+    if len(os.listdir("/proc/self/task")) == 1:
+        return
+    child = kernel.fork_for_handlers()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    for _ in range(50):
+        if (left := len(os.listdir("/proc/self/task")) - 1) == 0:
+            return
+        time.sleep(0.0002)
+    reasons.append(f"{left} thread{'s' if left > 1 else ''} beside the main one")
+
+
+def _children(reasons: list[str]) -> None:
+    """A finished child that nobody waited for is collected into its Popen object; a running one cannot be kept."""
+    listed = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    if not listed:
+        return
+    started = {o.pid: o for o in gc.get_objects() if isinstance(o, subprocess.Popen)}
+    for word in listed:
+        pid = int(word)
+        over = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        if not over:
+            reasons.append(f"the running process {pid}")
+        elif pid in started:
+            started[pid].poll()
+        else:
+            reasons.append(f"the finished process {pid}, which nobody waited for")
+
+
+def _descriptor(fd: int, carried: Carried, reasons: list[str]) -> None:
+    try:
+        found, flags = os.fstat(fd), fcntl.fcntl(fd, fcntl.F_GETFL)
+        path = os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:  # the one that listed the folder
+        return
+    inheritable = os.get_inheritable(fd)
+    kind = stat.S_IFMT(found.st_mode)
+    if kind == stat.S_IFIFO and path.startswith("pipe:"):
+        carried.pipes.setdefault(found.st_ino, []).append((fd, flags, inheritable))
+    elif kind in (stat.S_IFREG, stat.S_IFDIR) and not path.startswith("/proc/"):
+        _file(fd, found, flags, path, inheritable, carried, reasons)
+    elif kind != stat.S_IFCHR:
+        reasons.append(f"descriptor {fd} ({path})")
+
+
+def _file(
+    fd: int, found: os.stat_result, flags: int, path: str, inheritable: bool, carried: Carried, reasons: list[str]
+) -> None:
+    if "lock:" in Path(f"/proc/self/fdinfo/{fd}").read_text():
+        reasons.append(f"a lock on {path}")
+        return
+    offset = os.lseek(fd, 0, os.SEEK_CUR) if stat.S_ISREG(found.st_mode) else 0
+    gone = found.st_nlink == 0 or path.endswith(" (deleted)")
+    contents = None
+    if gone:
+        if not stat.S_ISREG(found.st_mode) or found.st_size > MOST_UNLINKED:
+            reasons.append(f"the deleted {'folder' if stat.S_ISDIR(found.st_mode) else 'large file'} {path}")
+            return
+        contents = Path(f"/proc/self/fd/{fd}").read_bytes()
+    else:
+        try:
+            there = os.stat(path)
+        except OSError:
+            there = None
+        if there is None or (there.st_dev, there.st_ino) != (found.st_dev, found.st_ino):
+            if not _same_file(fd, path, found):
+                reasons.append(f"descriptor {fd}, whose file {path} was replaced")
+                return
+    carried.files.append(OpenFile(fd, path, flags & _KEPT_FLAGS, offset, inheritable, contents))
+
+
+def _same_file(fd: int, path: str, found: os.stat_result) -> bool:
+    """Whether `path` still names what `fd` has open, though a copy-up gave the name another number."""
+    try:
+        again = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        seen = os.fstat(again)
+        return (seen.st_size, seen.st_mtime_ns, seen.st_mode) == (found.st_size, found.st_mtime_ns, found.st_mode)
+    finally:
+        os.close(again)
+
+
+def _shared_maps(carried: Carried, reasons: list[str]) -> None:
+    for start, end, protection, offset, path in maps.shared("/proc/self/maps"):
+        if path.startswith("/dev/zero") or path == "":
+            path = ""
+        elif path.endswith(" (deleted)"):
+            reasons.append(f"shared memory of the deleted file {path}")
+            continue
+        elif not path.startswith("/"):
+            reasons.append(f"shared memory {path}")
+            continue
+        carried.maps.append(SharedMap(start, end - start, protection, path, offset))
+
+
+def settle(carried: Carried) -> None:
+    """In the frozen copy: own pipes, own shared memory, and no way to write to a file."""
+    _own_pipes(carried)
+    _own_memory(carried)
+    for file in carried.files:
+        if file.contents is not None:
+            _replace(file.fd, os.open(os.devnull, os.O_RDONLY), file.inheritable)
+        elif file.flags & _ACCESS != os.O_RDONLY:
+            _replace(file.fd, os.open(f"/proc/self/fd/{file.fd}", os.O_RDONLY), file.inheritable)
+    for shared in carried.maps:
+        if shared.path:
+            fd = os.open(shared.path, os.O_RDONLY)
+            _map(shared, 1, fd)
+            os.close(fd)
+
+
+def adopt(carried: Carried) -> None:
+    """In who goes on, once its layers are attached: the same names, offsets and timers there."""
+    os.chdir(carried.cwd)
+    if carried.forked:
+        kernel.prctl(kernel.PR_SET_DUMPABLE, 1)
+        _own_pipes(carried)
+        _own_memory(carried)
+        for which, (left, every) in zip(_TIMERS, carried.timers, strict=False):
+            if left or every:
+                signal.setitimer(which, left, every)
+    for file in carried.files:
+        _replace(file.fd, _reopened(file), file.inheritable)
+    for shared in carried.maps:
+        if shared.path:
+            fd = os.open(shared.path, os.O_RDWR if shared.protection & 2 else os.O_RDONLY)
+            _map(shared, shared.protection, fd)
+            os.close(fd)
+
+
+def _reopened(file: OpenFile) -> int:
+    if file.contents is None:
+        fd = os.open(file.path, file.flags & ~os.O_APPEND if file.flags & os.O_DIRECTORY else file.flags)
+    else:
+        made = os.open("/tmp", os.O_TMPFILE | os.O_RDWR, 0o600)
+        with os.fdopen(made, "wb", buffering=0) as again:
+            again.write(file.contents)
+            fd = os.open(f"/proc/self/fd/{made}", file.flags)
+    if file.offset:
+        os.lseek(fd, file.offset, os.SEEK_SET)
+    return fd
+
+
+def _replace(fd: int, new: int, inheritable: bool) -> None:
+    os.dup2(new, fd, inheritable)
+    os.close(new)
+
+
+def _own_pipes(carried: Carried) -> None:
+    """New pipes with the same contents, which stay in the old ones (tee)."""
+    for ends in carried.pipes.values():
+        source = next(fd for fd, flags, _ in ends if flags & _ACCESS == os.O_RDONLY)
+        size = fcntl.fcntl(source, 1032)  # F_GETPIPE_SZ
+        reading, writing = os.pipe()
+        fcntl.fcntl(writing, 1031, size)
+        waiting = struct.unpack("i", fcntl.ioctl(source, 0x541B, b"\0" * 4))[0]  # FIONREAD
+        if waiting and _libc.tee(source, writing, ctypes.c_size_t(size), 2) != waiting:
+            raise OSError(5, "a pipe could not be copied")
+        for fd, flags, inheritable in ends:
+            again = reading if flags & _ACCESS == os.O_RDONLY else writing
+            os.dup2(again, fd, inheritable)
+            fcntl.fcntl(fd, fcntl.F_SETFL, flags)
+        os.close(reading)
+        os.close(writing)
+
+
+def _own_memory(carried: Carried) -> None:
+    """Shared memory without a file: a copy in its place, shared with who is forked from now on."""
+    for shared in carried.maps:
+        if shared.path:
+            continue
+        made = _libc.mmap(None, shared.size, 3, _MAP_SHARED_ANON, -1, 0)
+        if made in (None, ctypes.c_void_p(-1).value):
+            raise OSError(ctypes.get_errno(), "no memory to copy shared memory")
+        if shared.protection & 1:
+            ctypes.memmove(made, shared.start, shared.size)
+        _libc.mprotect(ctypes.c_void_p(made), ctypes.c_size_t(shared.size), shared.protection)
+        if _libc.mremap(made, shared.size, shared.size, 3, shared.start) != shared.start:
+            raise OSError(ctypes.get_errno(), "shared memory could not be replaced")
+
+
+def _map(shared: SharedMap, protection: int, fd: int) -> None:
+    if _libc.mmap(shared.start, shared.size, protection, _MAP_SHARED | _MAP_FIXED, fd, shared.offset) != shared.start:
+        raise OSError(ctypes.get_errno(), f"{shared.path} could not be mapped again")

@@ -1,0 +1,388 @@
+"""Guest processes, as the supervisor handles them: started, frozen, forked, ended.
+
+Runs in the supervisor. Nothing that a guest says is believed further than itself: process numbers are checked against
+the kernel's own account, replies are bounded JSON, and a guest that does not keep to the handshake is killed. Every
+wait here has a deadline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import socket
+import time
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import filter, guestroot, kernel, maps
+from .layers import VOLUMES, Layers, Mounted, Stacks
+from .wire import DONE, FORK, FREEZE, NOT_PLAIN, RENEW, WireError, encode, receive, send
+
+HANDSHAKE_SECONDS = 10.0
+
+
+class Refused(Exception):
+    """A state cannot be kept whole; `reasons` says why."""
+
+    def __init__(self, reasons: list[str]) -> None:
+        super().__init__("; ".join(reasons))
+        self.reasons = reasons
+
+
+class NotPlain(Exception):
+    """A guest has something to carry over after all (a timer)."""
+
+
+class GuestGone(Exception):
+    """A guest process ended, hung or broke the protocol."""
+
+
+@dataclass
+class Guest:
+    """A process that runs an agent's code (or is ready to), and the layer that it writes."""
+
+    pid: int
+    connection: socket.socket
+    mounted: Mounted
+    namespace: int  # a descriptor of its mount namespace
+    lineage: int = 0  # forks between it and the last process with pages of its own
+
+
+@dataclass
+class Template:
+    """A frozen copy, and the frozen layers that belong to it."""
+
+    number: int
+    pid: int
+    connection: socket.socket
+    stacks: Stacks
+    plain: bool  # whether there is nothing to carry over but the working directory
+    cost: int = 0  # bytes that only it holds
+    used: float = 0.0
+    lineage: int = 0
+    hot: int = 0  # how often it was gone back to
+    spare: Guest | None = None
+    refused: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Home:
+    """The supervisor's own place: its mount namespace, and where a box's files are."""
+
+    namespace: int
+    room: Path
+    guest: int
+
+
+def start(
+    home: Home,
+    layers: Layers,
+    command: list[str],
+    environment: Mapping[str, str],
+    limits: list[tuple[int, int]],
+) -> tuple[Guest, int]:
+    """The first guest, and the descriptor on which its signals are decided. Raises `OSError`, `GuestGone`."""
+    mounted = layers.mount({name: () for name in VOLUMES})
+    ours, theirs = _pair()
+    pid = os.fork()
+    if pid == 0:
+        _become(home, theirs, command, environment, limits)
+    theirs.close()
+    message, fds = _heard(ours)
+    if "error" in message or not fds:
+        raise GuestGone(str(message.get("error", "the first process did not start")))
+    if "ready" not in _heard(ours)[0]:
+        raise GuestGone("the interpreter did not start")
+    space = _namespace(pid)  # not before its exec, which makes the process one of this user namespace
+    guest = Guest(pid, ours, mounted, space)
+    _attach(home, guest, mounted)
+    send(ours, {"op": "moved"})
+    return guest, fds[0]
+
+
+def _become(
+    home: Home,
+    connection: socket.socket,
+    command: list[str],
+    environment: Mapping[str, str],
+    limits: list[tuple[int, int]],
+) -> None:
+    """In the first guest process: everything that holds it in, then its interpreter. Never returns."""
+    try:
+        os.setsid()
+        guestroot.enter(home.room, home.guest)
+        for which, value in limits:
+            resource.setrlimit(which, (value, value))
+        kernel.restrict_mounting()
+        listener = filter.install()
+        send(connection, {"listener": 1}, (listener,))
+        os.close(listener)
+        nothing = os.open("/dev/null", os.O_RDWR)
+        for stream in range(3):
+            os.dup2(nothing, stream)
+        os.dup2(connection.fileno(), 3)
+        os.closerange(4, 4096)
+        os.set_inheritable(3, True)
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, signal.SIG_DFL)
+        os.execve(command[0], command, dict(environment))
+    except BaseException as error:
+        with contextlib.suppress(WireError, OSError):
+            send(connection, {"error": f"{type(error).__name__}: {error}"})
+    os._exit(1)
+
+
+def is_plain(guest: Guest, known: Container[int]) -> bool:
+    """Whether a waiting guest holds nothing that a fork would share: one thread, no child, no descriptor but its
+    streams on /dev/null and its socket, no shared memory, no timer.
+    """
+    here = f"/proc/{guest.pid}"
+    try:
+        if len(os.listdir(f"{here}/task")) != 1 or started_by(guest.pid, known) or _children_of(guest.pid):
+            return False
+        links = [os.readlink(f"{here}/fd/{fd}") for fd in os.listdir(f"{here}/fd")]
+        if sorted(links)[:3] != ["/dev/null"] * 3 or len(links) != 4:
+            return False
+        if Path(f"{here}/timers").exists() and Path(f"{here}/timers").read_bytes():
+            return False
+        return not maps.shared(f"{here}/maps")
+    except OSError:
+        return False
+
+
+def freeze(home: Home, layers: Layers, guest: Guest, number: int, plain: bool) -> Template:
+    """Leave a frozen copy of `guest`, which goes on in new layers where it had written to its own. Raises `Refused`
+    (it goes on as it was), `GuestGone`.
+    """
+    connection = guest.connection
+    before = set(_children_of(1))
+    ours, theirs = _pair()
+    with theirs:
+        _ask(connection, FREEZE if plain else encode({"op": "freeze"}), theirs)
+    written = {name: mount for name, mount in guest.mounted.items() if layers.changed(name, mount) or not plain}
+    stacks = {name: mount.stack for name, mount in guest.mounted.items()}
+    stacks |= {name: layers.short(name, (*mount.stack, mount.layer)) for name, mount in written.items()}
+    fresh = layers.mount({name: stacks[name] for name in written})  # while the guest forks
+    try:
+        told, _ = _heard(connection)
+        if told.get("op") == NOT_PLAIN:
+            raise NotPlain
+        if told.get("op") != DONE:
+            raise Refused(_reasons(told))
+        if not plain and (frozen := _heard(ours)[0]).get("op") != "frozen":
+            raise GuestGone("its copy failed: " + "; ".join(_reasons(frozen)))
+        pid = _newborn(before)
+        guest.mounted = {**guest.mounted, **fresh}
+        _attach(home, guest, fresh)
+    except (Refused, NotPlain, GuestGone, OSError):
+        layers.drop(fresh)
+        ours.close()
+        raise
+    layers.hold(stacks.values())
+    template = Template(number, pid, ours, stacks, plain, lineage=guest.lineage + 1, used=time.monotonic())
+    if not plain:
+        _ask(connection, encode({"op": "moved"}))
+        told, _ = _heard(connection)
+        if told.get("op") != "ready":
+            template.refused = _reasons(told)
+    try:
+        layers.freeze(written)
+    except OSError:
+        template.refused = ["a file or a mapping that was still open for writing in what was to be frozen"]
+    layers.drop(written)
+    return template
+
+
+def fork(home: Home, layers: Layers, template: Template) -> Guest:
+    """A guest that goes on from `template`, in layers of its own. Raises `GuestGone`, `OSError`."""
+    ours, theirs = _pair()
+    with theirs:
+        _ask(template.connection, FORK, theirs)
+    mounted = layers.mount({name: layers.short(name, stack) for name, stack in template.stacks.items()})
+    try:
+        pid = _told_number(ours)
+        guest = Guest(pid, ours, mounted, _namespace(pid), template.lineage + 1)
+        _attach(home, guest, mounted)
+        if not template.plain:
+            _ask(ours, encode({"op": "moved"}))
+            told, _ = _heard(ours)
+            if told.get("op") != "ready":
+                raise GuestGone("; ".join(_reasons(told)))
+    except (GuestGone, OSError):
+        layers.drop(mounted)
+        ours.close()
+        raise
+    return guest
+
+
+def renew(template: Template) -> None:
+    """Put a copy with pages of its own in a frozen copy's place, so that its forks are fast again (see `renew.py`); where
+    that fails it stays as it is.
+    """
+    ours, theirs = _pair()
+    try:
+        with theirs:
+            _ask(template.connection, RENEW, theirs)
+        pid = _told_number(ours)
+    except GuestGone:
+        ours.close()
+        return
+    template.connection.close()
+    _kill(template.pid)
+    template.pid, template.connection, template.lineage, template.cost = pid, ours, 0, 0
+
+
+def end(layers: Layers, guest: Guest, known: Container[int]) -> None:
+    """Kill a guest and all that its branch runs; its layer is let go. `known`: guests and frozen copies."""
+    guest.connection.close()
+    space, started = namespace_of(guest.pid), started_by(guest.pid, known)
+    _kill(guest.pid)
+    while started:  # who forks faster than it is killed is met again, and there are never more than the limit
+        for pid in started:
+            _kill(pid)
+        started = [pid for pid in others() if pid not in known and space and namespace_of(pid) == space]
+    os.close(guest.namespace)
+    layers.drop(guest.mounted)
+
+
+def end_template(layers: Layers, template: Template, known: Container[int]) -> None:
+    """Kill a frozen copy and its spare."""
+    template.connection.close()
+    _kill(template.pid)
+    if template.spare is not None:
+        end(layers, template.spare, known)
+        template.spare = None
+    layers.release(template.stacks.values())
+
+
+def started_by(pid: int, known: Container[int]) -> list[int]:
+    """Processes of a guest's branch beside itself: what it started, and what outlived its parent."""
+    orphans = [child for child in _children_of(1) if child not in known]
+    if not orphans and not _children_of(pid):
+        return []
+    space = namespace_of(pid)
+    return [other for other in others() if other != pid and other not in known and namespace_of(other) == space]
+
+
+def others() -> list[int]:
+    """Numbers of all processes of the box but this one."""
+    return [int(word) for word in os.listdir("/proc") if word.isdigit() and word != "1"]
+
+
+def namespace_of(pid: int) -> str:
+    """Which mount namespace a process is in, and so which branch it belongs to; "" for none."""
+    try:
+        return os.readlink(f"/proc/{pid}/ns/mnt")
+    except OSError:
+        return ""
+
+
+def _children_of(pid: int) -> list[int]:
+    """Children of all its threads; guests and frozen copies are this process's own, as orphans are."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            found += [int(word) for word in Path(f"/proc/{pid}/task/{task}/children").read_text().split()]
+    return found
+
+
+def private_bytes(pid: int) -> int:
+    """Bytes that only this process holds; 0 when it is gone."""
+    return _rollup(pid, "Private_Dirty:")
+
+
+def held_bytes(pid: int) -> int:
+    """Bytes that this process holds, those that it shares in proportion; 0 when it is gone."""
+    return _rollup(pid, "Pss:")
+
+
+def _rollup(pid: int, what: str) -> int:
+    try:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith(what):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0
+
+
+def _attach(home: Home, guest: Guest, mounted: Mounted) -> None:
+    """Show a guest these layers, in its own mount namespace."""
+    if not mounted:
+        return
+    try:
+        kernel.setns(guest.namespace, kernel.NEW_MOUNT)
+        for name, mount in mounted.items():
+            with contextlib.suppress(OSError):  # nothing is there yet
+                kernel.unmount(VOLUMES[name])
+            kernel.attach(mount.fd, VOLUMES[name])
+    finally:
+        kernel.setns(home.namespace, kernel.NEW_MOUNT)
+
+
+def _namespace(pid: int) -> int:
+    try:
+        return os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise GuestGone(f"the process in the box is gone ({error})") from error
+
+
+def _pair() -> tuple[socket.socket, socket.socket]:
+    ours, theirs = socket.socketpair()
+    ours.settimeout(HANDSHAKE_SECONDS)
+    return ours, theirs
+
+
+def _ask(connection: socket.socket, message: bytes, handed: socket.socket | None = None) -> None:
+    try:
+        socket.send_fds(connection, [message], [handed.fileno()] if handed is not None else [])
+    except OSError as error:
+        raise GuestGone(f"the process in the box is gone ({error})") from error
+
+
+def _heard(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    try:
+        return receive(connection)
+    except WireError as error:
+        raise GuestGone(f"the process in the box is gone or hung ({error})") from error
+
+
+def _told_number(connection: socket.socket) -> int:
+    """The number that a new process tells, checked to be a child of this one: a guest may name any."""
+    try:
+        pid = int(connection.recv(8))
+        if pid > 1 and parent_of(pid) == 1:
+            return pid
+    except (OSError, ValueError) as error:
+        raise GuestGone(f"the process in the box is gone or hangs ({error})") from error
+    raise GuestGone("the process in the box broke the protocol")
+
+
+def _newborn(before: set[int]) -> int:
+    """The one child that was not there before: a frozen copy, whatever the guest says."""
+    born = [pid for pid in _children_of(1) if pid not in before]
+    if len(born) != 1:
+        raise GuestGone("the process in the box broke the protocol")
+    return born[0]
+
+
+def _reasons(told: Mapping[str, Any]) -> list[str]:
+    found = told.get("refused")
+    return [str(reason)[:200] for reason in found[:20]] if isinstance(found, list) else ["unknown"]
+
+
+def parent_of(pid: int) -> int:
+    """Its parent's number, 0 when it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from espalier.envs.sandbox import Box, BoxError, Limits
+
+
+@pytest.fixture(scope="session")
+def boxes_work(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Skips where this machine allows no box, and says why."""
+    try:
+        Box(tmp_path_factory.mktemp("empty")).close()
+    except BoxError as error:
+        pytest.skip(f"no box here: {error}")
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Path:
+    folder = tmp_path / "workspace"
+    (folder / "src").mkdir(parents=True)
+    (folder / "a.txt").write_text("first\n")
+    (folder / "src" / "mod.py").write_text("VALUE = 1\n")
+    (folder / "src" / "deep").mkdir()
+    (folder / "src" / "deep" / "leaf").write_bytes(bytes(range(256)) * 20)
+    os.symlink("a.txt", folder / "link")
+    return folder
+
+
+@pytest.fixture
+def box(boxes_work: None, workspace: Path) -> Iterator[Box]:
+    with Box(workspace, Limits(seconds=20)) as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def no_process_left() -> Iterator[None]:
+    """No test leaves a zombie or a child behind."""
+    yield
+    listed = Path(f"/proc/self/task/{os.getpid()}/children")
+    for word in listed.read_text().split() if listed.exists() else ():
+        command = Path(f"/proc/{word}/cmdline")
+        assert b"espalier_box" not in (command.read_bytes() if command.exists() else b"")

@@ -1,0 +1,268 @@
+"""What a user of a box sees: code runs, state stays, a rollback brings all of it back, a branch is apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from espalier.envs.sandbox import Box, BoxError, Limits, SnapshotIncomplete
+
+
+def test_variables_stay_and_the_last_value_is_shown(box: Box) -> None:
+    assert box.python("x = 20\nx + 1").text == "21\n"
+    assert box.python("x").text == "20\n"
+    failed = box.python("def f():\n    return 1 / 0\nf()")
+    assert failed.status == 1
+    assert "ZeroDivisionError" in failed.text and "return 1 / 0" in failed.text
+    assert "worker.py" not in failed.text
+
+
+def test_a_program_sees_the_interpreters_folder_and_environment(box: Box) -> None:
+    box.python("import os; os.chdir('src'); os.environ['COLOUR'] = 'green'")
+    assert box.shell("pwd; echo $COLOUR; exit 3").text == "/workspace/src\ngreen\n"
+    assert box.shell("exit 3").status == 3
+
+
+def test_the_users_folder_is_never_written_to(box: Box, workspace: Path) -> None:
+    assert box.shell("echo more >> a.txt; rm -rf src; touch new; chmod 600 link").status == 0
+    assert (workspace / "a.txt").read_text() == "first\n"
+    assert (workspace / "src" / "mod.py").exists() and not (workspace / "new").exists()
+
+
+def test_a_rollback_brings_back_files_and_interpreter(box: Box) -> None:
+    box.python("import os, random; x = [1]; random.seed(3); random.random(); f = open('a.txt'); f.read(2)")
+    box.python("os.environ['A'] = '1'; os.chdir('src'); os.umask(0o077)")
+    box.shell("echo kept > /tmp/t; echo more >> ../a.txt")
+    here = box.snapshot()
+    future = "(x, random.random(), f.read(), os.environ.get('A'), os.getcwd(), os.umask(0o077), os.listdir('/tmp'))"
+    expected = box.python(future).text
+    box.python("x.append(2); os.environ['A'] = '2'; os.chdir('/tmp'); f.seek(0); os.remove('/tmp/t')")
+    box.shell("rm -rf /workspace/src /workspace/a.txt; mkdir /workspace/src")
+    for _ in range(3):
+        box.rollback(here)
+        assert box.python(future).text == expected
+        assert box.shell("cat /workspace/a.txt /workspace/src/mod.py").text == "first\nmore\nVALUE = 1\n"
+
+
+def test_branches_run_and_do_not_see_each_other(box: Box) -> None:
+    box.python("x = 0; f = open('shared', 'w+'); f.write('abc'); f.flush()")
+    here = box.snapshot()
+    with box.branch(here) as left, box.branch(here) as right:
+        for name, branch in (("left", left), ("right", right)):
+            branch.python(f"x = {name!r}; f.write(x); f.flush(); open({name!r}, 'w').close()")
+        assert left.python("x, open('shared').read()").text == "('left', 'abcleft')\n"
+        assert right.python("x, open('shared').read()").text == "('right', 'abcright')\n"
+        assert box.python("x, f.tell(), open('shared').read()").text == "(0, 3, 'abc')\n"
+        assert left.shell("ls").text.split() == ["a.txt", "left", "link", "shared", "src"]
+
+
+def test_a_snapshot_of_an_unchanged_state_is_the_same_one(box: Box) -> None:
+    box.python("x = 1")
+    first = box.snapshot()
+    assert box.snapshot().number == first.number
+    box.rollback(first)
+    assert box.snapshot().number == first.number
+    box.python("x = 2")
+    assert box.snapshot().number != first.number
+
+
+def test_a_masked_snapshot_is_made_before_the_next_call(box: Box) -> None:
+    box.python("x = 1")
+    here = box.snapshot(wait=False)
+    assert box.python("x = 2; x").text == "2\n"
+    box.rollback(here)
+    assert box.python("x").text == "1\n"
+
+
+def test_a_masked_snapshot_that_cannot_be_kept_says_so_when_it_is_used(box: Box) -> None:
+    box.python("import socket; s = socket.socket()")
+    here = box.snapshot(wait=False)
+    assert box.python("s.close(); 1").text == "1\n"
+    with pytest.raises(SnapshotIncomplete, match="socket"):
+        box.rollback(here)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("import threading, time; threading.Thread(target=time.sleep, args=(60,), daemon=True).start()", "thread"),
+        ("import subprocess; p = subprocess.Popen(['sleep', '60'])", "running process"),
+        ("import subprocess; subprocess.run('sleep 60 & disown', shell=True)", "running process"),
+        ("import socket; s = socket.socket()", "socket"),
+        ("import socket; a, b = socket.socketpair()", "socket"),
+        ("import asyncio; loop = asyncio.new_event_loop()", "anon_inode|socket"),
+        ("import fcntl; f = open('a.txt'); fcntl.flock(f, fcntl.LOCK_EX)", "lock"),
+        ("import fcntl; f = open('a.txt', 'r+'); fcntl.lockf(f, fcntl.LOCK_EX)", "lock"),
+        ("import os; r, w = os.pipe(); os.close(w)", "pipe"),
+        ("import os; pid = os.fork() or os._exit(0)", "nobody waited for"),
+        ("import os; os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone')", "working directory"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused_by_name(box: Box, code: str, reason: str) -> None:
+    box.python("import time")
+    assert box.python(code).status == 0
+    box.python("time.sleep(0.1)")
+    with pytest.raises(SnapshotIncomplete, match=reason) as caught:
+        box.snapshot()
+    assert caught.value.reasons
+    assert box.python("6 * 7").text == "42\n"
+
+
+def test_pipes_keep_their_contents_on_both_sides(box: Box) -> None:
+    box.python("import os; r, w = os.pipe(); os.write(w, b'abcdef'); os.read(r, 2)")
+    here = box.snapshot()
+    assert box.python("os.write(w, b'XY'), os.read(r, 10)").text == "(2, b'cdefXY')\n"
+    for _ in range(2):
+        box.rollback(here)
+        assert box.python("os.write(w, b'!'), os.read(r, 10)").text == "(1, b'cdef!')\n"
+
+
+def test_shared_memory_is_apart_after_a_snapshot(box: Box) -> None:
+    box.python("import mmap; m = mmap.mmap(-1, 10000); m[:5] = b'first'")
+    box.python("f = open('data', 'w+b'); f.truncate(8192); g = mmap.mmap(f.fileno(), 8192); g[:5] = b'first'")
+    here = box.snapshot()
+    box.python("m[:5] = b'later'; g[:5] = b'later'; g.flush()")
+    assert box.shell("head -c 5 data").text == "later"
+    for _ in range(2):
+        box.rollback(here)
+        assert box.python("bytes(m[:5]), bytes(g[:5])").text == "(b'first', b'first')\n"
+        assert box.shell("head -c 5 data").text == "first"
+        box.python("m[:5] = b'other'; g[:5] = b'other'")
+        assert box.shell("head -c 5 data").text == "other"
+
+
+def test_an_unlinked_file_that_is_still_open_is_kept(box: Box) -> None:
+    box.python("import os; f = open('gone', 'w+'); f.write('secret'); f.flush(); os.remove('gone'); f.seek(2)")
+    here = box.snapshot()
+    assert box.python("f.read()").text == "'cret'\n"
+    box.python("f.seek(0); f.write('SECRET'); f.flush()")
+    box.rollback(here)
+    assert box.python("f.read()").text == "'cret'\n"
+    assert "gone" not in box.shell("ls").text
+
+
+def test_a_finished_child_keeps_its_status(box: Box) -> None:
+    box.python("import subprocess, time; p = subprocess.Popen(['sh', '-c', 'exit 7']); time.sleep(0.2)")
+    here = box.snapshot()
+    box.rollback(here)
+    assert box.python("p.poll()").text == "7\n"
+
+
+def test_a_timer_goes_on(box: Box) -> None:
+    box.python("import signal, time; hits = []; signal.signal(signal.SIGALRM, lambda *_: hits.append(1))")
+    box.python("signal.setitimer(signal.ITIMER_REAL, 1.0)")
+    here = box.snapshot()
+    box.rollback(here)
+    assert box.python("time.sleep(1.5); hits").text == "[1]\n"
+
+
+def test_threads_of_numpys_blas_are_no_obstacle(boxes_work: None, workspace: Path) -> None:
+    with Box(workspace, environment={"OPENBLAS_NUM_THREADS": "2"}) as box:
+        box.python("import numpy as np, os; a = np.ones((400, 400)); (a @ a)[0, 0]")
+        assert box.python("len(os.listdir('/proc/self/task'))").text == "2\n"
+        here = box.snapshot()
+        assert box.python("(a @ a)[0, 0]").text == "np.float64(400.0)\n"
+        box.rollback(here)
+        assert box.python("(a @ a)[0, 0], np.random.default_rng(0).random()").text.startswith("(np.float64(400.0)")
+
+
+def test_a_call_beyond_its_time_is_interrupted_and_the_interpreter_stays(box: Box) -> None:
+    box.python("x = 5")
+    out = box.python("print('begun', flush=True)\nwhile True: pass", seconds=0.5)
+    assert (out.stopped, out.restarted) == ("time", False)
+    assert "begun" in out.text and "KeyboardInterrupt" in out.text
+    assert box.python("x").text == "5\n"
+    out = box.shell("echo begun; sleep 60", seconds=0.5)
+    assert (out.stopped, out.text) == ("time", "begun\n")
+
+
+def test_an_interpreter_that_cannot_be_interrupted_is_replaced_and_files_stay(box: Box) -> None:
+    box.python("x = 5; open('kept', 'w').write('1')")
+    stubborn = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nopen('late', 'w').close()\nwhile True: pass"
+    out = box.python(stubborn, seconds=0.5)
+    assert (out.stopped, out.restarted) == ("time", True)
+    assert "NameError" in box.python("x").text
+    assert box.shell("ls").text.split() == ["a.txt", "kept", "late", "link", "src"]
+    crash = box.python("import os; os._exit(3)")
+    assert (crash.stopped, crash.restarted) == ("crash", True)
+    assert box.python("open('kept').read()").text == "'1'\n"
+
+
+def test_output_is_bounded(boxes_work: None, workspace: Path) -> None:
+    with Box(workspace, Limits(output=1000)) as box:
+        out = box.python("for _ in range(100_000): print('x' * 50)")
+        assert len(out.text) == 1000 and out.cut == 100_000 * 51 - 1000
+        out = box.shell("yes | head -c 5000000")
+        assert len(out.text) == 1000 and out.cut == 4_999_000
+
+
+def test_files_are_read_and_written_from_outside(box: Box) -> None:
+    box.write_file("made/deep/file.bin", b"\0\1\2")
+    assert box.python("open('made/deep/file.bin', 'rb').read()").text == "b'\\x00\\x01\\x02'\n"
+    assert box.shell("echo -n x >> made/deep/file.bin").status == 0
+    assert box.read_file("/workspace/made/deep/file.bin") == b"\0\1\2x"
+    assert ("deep", "folder", 0) in box.list_files("made")
+    assert box.read_file("link") == b"first\n"
+    with pytest.raises(FileNotFoundError):
+        box.read_file("missing")
+    with pytest.raises(FileNotFoundError):
+        box.read_file("/etc/passwd")
+    with pytest.raises(IsADirectoryError):
+        box.read_file("src")
+
+
+def test_dropped_snapshots_are_let_go(box: Box) -> None:
+    for n in range(12):
+        box.python(f"x = {n}")
+        box.snapshot()
+    assert box.stats()["snapshots"] <= 1 + 1  # the pristine one, and the last
+    kept = [box.snapshot()]
+    for n in range(5):
+        box.python(f"x = {n}")
+        kept.append(box.snapshot())
+    assert box.stats()["snapshots"] >= 6
+    box.drop(kept[2])
+    with pytest.raises(BoxError, match="no_snapshot"):
+        box.rollback(kept[2])
+    box.rollback(kept[3])
+    assert box.python("x").text == "2\n"
+
+
+def test_the_least_valuable_snapshots_go_when_there_are_too_many(boxes_work: None, workspace: Path) -> None:
+    with Box(workspace, Limits(snapshots=4)) as box:
+        kept = []
+        for n in range(10):
+            box.python(f"x = {n}")
+            kept.append(box.snapshot())
+            if n == 1:
+                box.python("x = 'off'")
+                box.rollback(kept[0])  # used, so worth more
+        box.python("import time; time.sleep(0.3)")
+        box.stats()
+        assert box.stats()["snapshots"] <= 5
+        box.rollback(kept[0])
+        assert box.python("x").text == "0\n"
+        with pytest.raises(BoxError, match="no_snapshot"):
+            box.rollback(kept[2])
+
+
+def test_a_snapshot_of_another_box_is_refused(box: Box, workspace: Path) -> None:
+    with Box(workspace) as other:
+        with pytest.raises(BoxError, match="foreign"):
+            box.rollback(other.snapshot())
+
+
+def test_a_missing_workspace_is_said(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="not a folder"):
+        Box(tmp_path / "missing")
+    with pytest.raises(ValueError, match="not a size"):
+        Box(tmp_path, Limits(memory="much"))
+
+
+def test_a_closed_box_says_so(box: Box) -> None:
+    here = box.snapshot()
+    box.close()
+    box.close()
+    with pytest.raises(BoxError, match="closed"):
+        box.rollback(here)

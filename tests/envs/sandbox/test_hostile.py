@@ -1,0 +1,180 @@
+"""A guest that tries to get out, to reach others, or to use up the machine: it is held in, and the box goes on."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from espalier.envs.sandbox import Box, BoxError, Limits, SnapshotIncomplete
+
+
+def _code(text: str) -> str:
+    return textwrap.dedent(text)
+
+
+@pytest.mark.parametrize(
+    "path", ["/etc/shadow", "/root/.bashrc", "/home", "/work", "/var/log", "/sys", "/proc/1/root", "/proc/1/environ"]
+)
+def test_nothing_of_the_host_is_visible(box: Box, path: str) -> None:
+    listed = box.shell(f"ls -A {path} 2>/dev/null | grep -v -e '^main$' -e '^\\.'")
+    assert listed.text == ""
+    assert box.shell(f"cat {path} 2>/dev/null").text == ""
+
+
+def test_there_is_no_network(box: Box) -> None:
+    out = box.python("import socket; s = socket.socket(); s.settimeout(1); s.connect_ex(('1.1.1.1', 53))")
+    assert out.text.strip() not in ("0", "")
+    assert box.shell("cat /proc/net/dev | grep -c :").text.strip() in ("0", "1")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "libc.mount(b'none', b'/tmp', b'tmpfs', 0, None)",
+        "libc.umount2(b'/workspace', 2)",
+        "libc.unshare(0x10000000)",
+        "libc.unshare(0x40000000)",
+        "libc.setns(os.open('/proc/self/ns/mnt', 0), 0)",
+        "libc.chroot(b'/tmp')",
+        "libc.ptrace(16, 1, 0, 0)",
+        "libc.syscall(428, -100, b'/', 1)",
+        "libc.syscall(430, b'tmpfs', 0)",
+        "libc.syscall(435, 0, 88)",
+        "libc.mount(b'/tmp', b'/workspace', None, 4096, None)",
+        "os.mknod('dev', 0o60644, os.makedev(8, 0)) or 0",
+        "os.setuid(0) or 0",
+        "libc.prlimit(1, 7, None, None)",
+    ],
+)
+def test_what_would_lead_out_is_refused(box: Box, call: str) -> None:
+    out = box.python(f"import ctypes, os; libc = ctypes.CDLL(None, use_errno=True); {call}")
+    assert out.text.strip() == "-1" or "Error" in out.text, out.text
+
+
+def test_even_with_a_mount_namespace_of_its_own_it_can_change_no_mount(box: Box) -> None:
+    box.python("import ctypes; libc = ctypes.CDLL(None, use_errno=True); libc.unshare(0x20000)")
+    assert box.python("libc.mount(b'none', b'/', None, 32 | 4096, None)").text == "-1\n"
+    assert box.shell("touch /usr/x /etc/x 2>&1; mount -o remount,rw / 2>&1; true").text.count("rror") == 0
+    assert not Path("/usr/x").exists() and not Path("/etc/x").exists()
+    assert box.python("1").text == "1\n"
+
+
+def test_frozen_copies_and_siblings_cannot_be_signalled_or_seen(box: Box) -> None:
+    box.python("x = 1")
+    here = box.snapshot()
+    with box.branch(here) as other:
+        attack = _code(
+            """
+            import os, signal
+            hit = []
+            for pid in range(1, 200):
+                if pid == os.getpid(): continue
+                for sig in (signal.SIGKILL, signal.SIGSTOP, 0):
+                    try: os.kill(pid, sig); hit.append(pid)
+                    except OSError: pass
+            for group in range(2, 200):
+                if group == os.getpgid(0): continue
+                try: os.killpg(group, signal.SIGKILL); hit.append(-group)
+                except OSError: pass
+            os.kill(-1, signal.SIGKILL)
+            hit, [p for p in os.listdir('/proc') if p.isdigit() and int(p) != os.getpid()]
+            """
+        )
+        assert box.python(attack).text == "([], [])\n"
+        assert box.shell("kill -9 -1; echo no").text in ("", "no\n")
+        assert other.python("x").text == "1\n"
+    box.rollback(here)
+    assert box.python("x").text == "1\n"
+
+
+def test_it_can_signal_what_it_started(box: Box) -> None:
+    out = box.python(
+        "import subprocess; p = subprocess.Popen(['sleep', '60']); p.kill(); p.wait(), "
+        "subprocess.run('sleep 60 & kill $!; wait $!; echo $?', shell=True, capture_output=True).stdout"
+    )
+    assert out.text == "(-9, b'143\\n')\n"
+
+
+def test_a_fork_bomb_ends_with_its_call(boxes_work: None, workspace: Path) -> None:
+    with Box(workspace, Limits(pids=32, seconds=10)) as box:
+        box.python("x = 1")
+        here = box.snapshot()
+        box.shell(":(){ :|:& };:", seconds=2)
+        out = box.python("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", seconds=1)
+        assert out.stopped == "time"
+        box.rollback(here)
+        assert box.python("x").text == "1\n"
+        assert box.stats()["processes"] < 12
+
+
+def test_a_memory_bomb_is_stopped(boxes_work: None, workspace: Path) -> None:
+    with Box(workspace, Limits(memory="200M", seconds=20)) as box:
+        box.python("x = 1")
+        here = box.snapshot()
+        out = box.python("held = []\nwhile True: held.append(bytearray(1 << 20))")
+        assert out.stopped in ("memory", "crash") or "MemoryError" in out.text
+        box.rollback(here)
+        assert box.python("x").text == "1\n"
+
+
+def test_disk_and_inodes_are_bounded(boxes_work: None, workspace: Path) -> None:
+    with Box(workspace, Limits(files="20M", inodes=2000)) as box:
+        here = box.snapshot()
+        assert "No space" in box.shell("head -c 100M /dev/zero > big").text
+        box.rollback(here)
+        many = "import errno\ntry:\n    for n in range(10_000): open(f'f{n}', 'w').close()\nexcept OSError as e: print(e.errno)"
+        assert box.python(many).text == "28\n"
+        box.rollback(here)
+        assert box.python("open('small', 'w').write('x')").text == "1\n"
+
+
+def test_links_do_not_lead_out_of_the_box(box: Box) -> None:
+    box.shell("ln -s /etc/passwd l; ln -s ../../../../etc/passwd m; ln -s / n; ln -s /proc/1/root o; mkfifo p")
+    for path in ("l", "m", "n/etc/passwd", "o/etc/passwd"):
+        with pytest.raises(OSError):
+            box.read_file(path)
+    with pytest.raises(OSError):
+        box.read_file("p")
+    box.write_file("n/etc/espalier-test", b"inside")
+    assert not Path("/etc/espalier-test").exists()
+    assert box.shell("cat /workspace/etc/espalier-test").text == "inside"
+
+
+def test_a_forged_reply_harms_only_who_forges_it(box: Box) -> None:
+    box.python("x = 1")
+    here = box.snapshot()
+    for forged in (b"garbage", b"\xff\xff\xff\xff", b"\x02\x00\x00\x00[]", b'\x0d\x00\x00\x00{"forked": 1}'):
+        out = box.python(f"import os; os.write(3, {forged!r})")
+        assert out.stopped in ("crash", "") or out.restarted
+        box.rollback(here)
+        assert box.python("x").text == "1\n"
+    box.python("import os; os.close(3)")
+    box.rollback(here)
+    assert box.python("x").text == "1\n"
+
+
+def test_a_descriptor_hidden_from_the_runtime_cannot_change_a_frozen_layer(box: Box) -> None:
+    """The runtime lives in the guest's interpreter and can be lied to; the kernel's account of writers cannot."""
+    box.python("import os; fd = os.open('a.txt', os.O_RDWR)")
+    assert box.python("import sys; sys.modules['espalier_box.carry']._descriptor = lambda *a: None").text == ""
+    with pytest.raises(SnapshotIncomplete, match="open for writing"):
+        box.snapshot()
+
+
+def test_the_supervisor_cannot_be_read_or_killed(box: Box) -> None:
+    box.python("import os, signal")
+    for sig in (9, 15, 19):
+        box.python(f"os.kill(1, {sig})")
+    assert box.python("x = 1; x").text == "1\n"
+    assert "rror" in box.python("open('/proc/1/mem', 'rb')").text
+    assert box.shell("ls /proc | grep -c '^1$'").text == "0\n"
+
+
+def test_an_unknown_escape_is_an_error_of_the_box_not_a_hang(box: Box) -> None:
+    os.kill(box._family.process.pid, 9)
+    with pytest.raises(BoxError, match="box_gone"):
+        for _ in range(3):
+            box.python("1")
