@@ -95,8 +95,9 @@ def start(
     message, fds = _heard(ours)
     if "error" in message or not fds:
         raise GuestGone(str(message.get("error", "the first process did not start")))
-    if "ready" not in _heard(ours)[0]:
-        raise GuestGone("the interpreter did not start")
+    told, _ = _heard(ours)
+    if "ready" not in told:
+        raise GuestGone(f"the interpreter did not start: {told.get('error', '')}")
     space = _namespace(pid)  # not before its exec, which makes the process one of this user namespace
     guest = Guest(pid, ours, mounted, space)
     _attach(home, guest, mounted)
@@ -124,7 +125,8 @@ def _become(
         nothing = os.open("/dev/null", os.O_RDWR)
         for stream in range(3):
             os.dup2(nothing, stream)
-        os.dup2(connection.fileno(), 3)
+        os.dup2(connection.detach(), 3)
+        connection = socket.socket(fileno=3)
         os.closerange(4, 4096)
         os.set_inheritable(3, True)
         for number in (signal.SIGPIPE, signal.SIGXFSZ):

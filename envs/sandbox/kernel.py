@@ -28,7 +28,7 @@ _EMPTY_PATH, _AT_FDCWD = 0x1000, -100
 # Calls with the same number on every architecture that Espalier knows.
 OPEN_TREE, MOVE_MOUNT, FSOPEN, FSCONFIG, FSMOUNT, FSPICK = 428, 429, 430, 431, 432, 433
 CLONE3, OPENAT2, MOUNT_SETATTR = 435, 437, 442
-LANDLOCK_CREATE, LANDLOCK_RESTRICT = 444, 446
+LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
 
 
 class Machine(NamedTuple):
@@ -202,11 +202,16 @@ def restrict_mounting() -> bool:
         version = syscall(LANDLOCK_CREATE, None, 0, 1, name="landlock")
     except OSError:
         return False
-    make_char, make_block = 1 << 6, 1 << 11
-    rules = struct.pack("QQQ", make_char | make_block, 0, 0b11)[: 24 if version >= 6 else 16 if version >= 4 else 8]
-    fd = syscall(LANDLOCK_CREATE, rules, len(rules), 0, name="landlock_create_ruleset")
-    syscall(LANDLOCK_RESTRICT, fd, 0, name="landlock_restrict_self")
-    os.close(fd)
+    make_char, make_block, refer = 1 << 6, 1 << 11, 1 << 13
+    if version < 2:  # it would forbid every rename from one folder to another
+        return False
+    rules = struct.pack("QQQ", make_char | make_block | refer, 0, 0b11)[: 24 if version >= 6 else 16 if version >= 4 else 8]
+    ruleset = syscall(LANDLOCK_CREATE, rules, len(rules), 0, name="landlock_create_ruleset")
+    root = os.open("/", os.O_PATH | os.O_CLOEXEC)
+    syscall(LANDLOCK_ADD, ruleset, 1, struct.pack("<Qi", refer, root), 0, name="landlock_add_rule")
+    syscall(LANDLOCK_RESTRICT, ruleset, 0, name="landlock_restrict_self")
+    os.close(root)
+    os.close(ruleset)
     return True
 
 

@@ -55,12 +55,11 @@ def _enter(config: dict[str, Any]) -> int:
     flags |= 0 if config["network"] else kernel.NEW_NET
     workspace = config["workspace"]
     if user != 0:
-        base = os.open(workspace, os.O_PATH | os.O_DIRECTORY)
         kernel.unshare(flags)
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"{GUEST} {user} 1")
         Path("/proc/self/gid_map").write_text(f"{GUEST} {group} 1")
-        return base
+        return os.open(workspace, os.O_PATH | os.O_DIRECTORY)
     outside = _free_user()
     owner = os.stat(workspace)
     base = kernel.clone_tree(workspace)

@@ -1,0 +1,123 @@
+"""Long chains: depth is unbounded in practice, layers merge, and what is frozen stays as it was."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from espalier.envs.sandbox import Box, Limits
+
+WALK = """
+import os, hashlib
+def digest(top):
+    h = hashlib.sha256()
+    for folder, names, files in sorted(os.walk(top)):
+        for name in sorted([*names, *files]):
+            path = os.path.join(folder, name)
+            s = os.lstat(path)
+            h.update(f"{path} {s.st_mode} {s.st_mtime_ns} ".encode())
+            if os.path.islink(path): h.update(os.readlink(path).encode())
+            elif os.path.isfile(path):
+                h.update(f"{s.st_size} {os.listxattr(path)}".encode() + open(path, 'rb').read())
+    return h.hexdigest()
+"""
+CHANGE = """
+import shutil
+def change(n):
+    k = n % 7
+    os.makedirs(f"dir{k}/sub", exist_ok=True)
+    open(f"dir{k}/sub/file{n % 5}", "w").write(f"{n}")
+    open(f"log", "a").write(f"{n}\\n")
+    if n % 3 == 0: shutil.rmtree(f"dir{(k + 1) % 7}", ignore_errors=True)
+    if n % 4 == 0: open(f"dir{k}/new{n}", "w").close()
+    if n % 5 == 0 and os.path.exists(f"dir{k}/sub/file{n % 5}"): os.chmod(f"dir{k}/sub/file{n % 5}", 0o700)
+    if n % 6 == 0:
+        shutil.rmtree("src", ignore_errors=True); os.mkdir("src"); os.symlink("../log", "src/log")
+    if n % 11 == 0: os.path.isdir("src") and shutil.rmtree("src"); open("/tmp/t", "a").write("x")
+"""
+
+
+def _walk(box: Box) -> str:
+    out = box.python("digest('/workspace'), digest('/tmp'), n")
+    assert out.status == 0, out.text
+    return out.text
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(550, marks=pytest.mark.long)])
+def test_a_chain_through_merges_keeps_every_state(boxes_work: None, workspace: Path, count: int) -> None:
+    rng = random.Random(0)
+    with Box(workspace, Limits(snapshots=1000, snapshot_memory="8G", pids=64)) as box:
+        box.python(WALK + CHANGE)
+        kept, seen = [], []
+        for n in range(count):
+            assert box.python(f"n = {n}; change(n)").status == 0
+            kept.append(box.snapshot())
+            seen.append(_walk(box))
+        depth = box.stats()["depth"]
+        assert depth < 45, "layers were not merged"
+        for n in [0, count - 1, *rng.sample(range(count), min(count, 40))]:
+            box.rollback(kept[n])
+            assert _walk(box) == seen[n], n
+
+
+@pytest.mark.parametrize("levels", [25, pytest.param(300, marks=pytest.mark.long)])
+def test_rollback_upon_rollback_goes_as_deep_as_one_likes(boxes_work: None, workspace: Path, levels: int) -> None:
+    with Box(workspace, Limits(snapshots=8)) as box:
+        box.python(WALK + "held = bytearray(20 << 20); total = 0; n = 0")
+        here = box.snapshot()
+        for n in range(levels):
+            box.rollback(here)
+            assert box.python(f"total += {n}; held[{n}] = 1; n = {n}; open('log', 'a').write('x'); sum(held)").text == f"{n + 1}\n"
+            here = box.snapshot()
+            if n % 5 == 0:
+                time.sleep(0.02)  # lets the box do its chores, as a model's thinking would
+        box.rollback(here)
+        assert box.python("total, os.path.getsize('log')").text == f"({sum(range(levels))}, {levels})\n"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can look into a box from outside")
+def test_no_frozen_layer_ever_changes(boxes_work: None, workspace: Path) -> None:
+    rng = random.Random(1)
+    with Box(workspace) as box:
+        box.python(WALK + CHANGE)
+        kept, hashes = [], {}
+        f = "f = open('log', 'a+'); f.write('open'); f.flush(); g = open('/tmp/g', 'w')"
+        box.python(f)
+        for n in range(60):
+            box.python(f"n = {n}; change(n); f.write('more'); f.flush(); g.write('x' * 9000)")
+            kept.append(box.snapshot())
+            for name, digest in _layers(box).items():
+                hashes.setdefault(name, (n, digest))
+            if n % 4 == 3:
+                box.rollback(rng.choice(kept))
+            now = _layers(box)
+            top = {int(k.rsplit("/", 1)[1], 36) for k in now}
+            for name, (when, digest) in hashes.items():
+                live = int(name.rsplit("/", 1)[1], 36) >= max(top) - 3  # may still be somebody's own layer
+                if name in now and when < n and not live:
+                    assert now[name] == digest, (name, when, n)
+
+
+def _layers(box: Box) -> dict[str, str]:
+    """Hashes of all layers, seen through the first process's root."""
+    launcher = box._family.process.pid
+    first = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()[0]
+    root = Path(f"/proc/{first}/root/tmp/layers/upper")
+    found = {}
+    for volume in root.iterdir():
+        for layer in volume.iterdir():
+            h = hashlib.sha256()
+            for folder, names, files in sorted(os.walk(layer)):
+                for name in sorted([*names, *files]):
+                    path = Path(folder) / name
+                    s = path.lstat()
+                    h.update(f"{path.name} {s.st_mode} {s.st_mtime_ns} {s.st_size}".encode())
+                    if path.is_file() and not path.is_symlink():
+                        h.update(path.read_bytes())
+            found[f"{volume.name}/{layer.name}"] = h.hexdigest()
+    return found
