@@ -34,6 +34,7 @@ from .wire import WireError, receive, send
 
 _START_SECONDS = 60.0
 _REPLY_SECONDS = 60.0
+_END_SECONDS = 5.0
 _BOOT = (
     "import sys,types;p=types.ModuleType('espalier_box');p.__path__=[sys.argv[1]];sys.modules['espalier_box']=p;"
     "from espalier_box.{module} import main;sys.exit(main({argument}))"
@@ -132,15 +133,25 @@ class _Family:
 
     def __init__(self, process: subprocess.Popen[bytes], groups: list[str]) -> None:
         self.process = process
-        self.seats = 1
         self.handles: Counter[int] = Counter()
         self.dropped: deque[int] = deque()
-        self.end = weakref.finalize(self, _end, process, groups)
+        self.connections: set[socket.socket] = set()
+        self.end = weakref.finalize(self, _abandon, process, groups, self.connections)
+
+
+def _abandon(process: subprocess.Popen[bytes], groups: list[str], connections: set[socket.socket]) -> None:
+    for connection in connections:
+        connection.close()
+    _end(process, groups)
 
 
 def _end(process: subprocess.Popen[bytes], groups: list[str]) -> None:
-    process.kill()
-    process.wait()
+    """A box whose last connection is closed ends by itself; one that does not is killed."""
+    try:
+        process.wait(timeout=_END_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
     cgroup.remove(groups)
 
 
@@ -174,6 +185,7 @@ class Box:
         self._connection.settimeout(_START_SECONDS)
         with theirs:
             self._family = _start(folder, self.limits, theirs, python, visible, environment, network)
+        self._family.connections.add(self._connection)
         try:
             self._reply()
         except BaseException:
@@ -187,7 +199,7 @@ class Box:
         made.limits, made._pending, made._closed = parent.limits, deque(), False
         made._connection, made._family = connection, parent._family
         connection.settimeout(_REPLY_SECONDS)
-        made._family.seats += 1
+        made._family.connections.add(connection)
         return made
 
     def python(self, code: str, *, seconds: float | None = None) -> Output:
@@ -272,8 +284,8 @@ class Box:
         self._connection.close()
         family = getattr(self, "_family", None)
         if family is not None:
-            family.seats -= 1
-            if family.seats == 0:
+            family.connections.discard(self._connection)
+            if not family.connections:
                 family.end()
 
     def __enter__(self) -> Box:
