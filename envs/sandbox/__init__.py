@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .aio import AsyncBox
 from .box import Box, BoxError, BoxSnapshot, Limits, Output, SnapshotIncomplete
 
-__all__ = ["Box", "BoxError", "BoxSnapshot", "Limits", "Output", "SnapshotIncomplete"]
+__all__ = ["AsyncBox", "Box", "BoxError", "BoxSnapshot", "Limits", "Output", "SnapshotIncomplete"]

@@ -173,34 +173,23 @@ class Box:
         environment: Mapping[str, str] | None = None,
         network: bool = False,
     ) -> None:
-        self.limits = limits or Limits()
-        self._pending: deque[BoxSnapshot] = deque()
-        self._closed = False
-        if sys.platform != "linux":
-            raise BoxError("not_isolated", "a box needs Linux's namespaces and overlay file systems")
-        folder = Path(workspace if workspace is not None else Path(__file__).parent / "empty").resolve()
-        if workspace is not None and not folder.is_dir():
-            raise FileNotFoundError(f"the workspace {folder} is not a folder")
-        self._connection, theirs = socket.socketpair()
-        self._connection.settimeout(_START_SECONDS)
-        with theirs:
-            self._family = _start(folder, self.limits, theirs, python, visible, environment, network)
-        self._family.connections.add(self._connection)
+        limits = limits or Limits()
+        connection, family = _start(workspace, limits, python, visible, environment, network)
+        self._join(limits, connection, family)
+        connection.settimeout(_START_SECONDS)
         try:
             self._reply()
         except BaseException:
             self.close()
             raise
-        self._connection.settimeout(_REPLY_SECONDS)
-
-    @classmethod
-    def _branched(cls, parent: Box, connection: socket.socket) -> Box:
-        made = cls.__new__(cls)
-        made.limits, made._pending, made._closed = parent.limits, deque(), False
-        made._connection, made._family = connection, parent._family
         connection.settimeout(_REPLY_SECONDS)
-        made._family.connections.add(connection)
-        return made
+
+    def _join(self, limits: Limits, connection: socket.socket, family: _Family) -> None:
+        self.limits, self._connection, self._family = limits, connection, family
+        self._pending: deque[BoxSnapshot] = deque()
+        self._closed = False
+        connection.settimeout(_REPLY_SECONDS)
+        family.connections.add(connection)
 
     def python(self, code: str, *, seconds: float | None = None) -> Output:
         """Run statements in the live interpreter; the value of a last expression is shown. Raises `BoxError`."""
@@ -211,16 +200,14 @@ class Box:
         return self._run("shell", command, seconds)
 
     def _run(self, op: str, code: str, seconds: float | None) -> Output:
-        limits = self.limits
-        wait = limits.seconds if seconds is None else seconds
-        self._send({"op": op, "code": code, "seconds": wait, "cpu_seconds": limits.cpu_seconds, "most": limits.output})
-        self._connection.settimeout(wait + _REPLY_SECONDS)
+        message = _run_message(self.limits, op, code, seconds)
+        self._send(message)
+        self._connection.settimeout(message["seconds"] + _REPLY_SECONDS)
         try:
-            told = self._reply()
+            return _output(self._reply())
         finally:
             if not self._closed:
                 self._connection.settimeout(_REPLY_SECONDS)
-        return Output(told["output"], told["status"], told["stopped"], told["cut"], told["restarted"])
 
     def snapshot(self, *, wait: bool = True) -> BoxSnapshot:
         """Keep the present state. `wait=False`: return at once, and find out at the handle's next use.
@@ -234,6 +221,17 @@ class Box:
         if wait:
             _ = made.number
         return made
+
+    def _keep(self, told: Mapping[str, Any]) -> BoxSnapshot:
+        made = BoxSnapshot(self)
+        weakref.finalize(made, _forget, made._known, self._family).atexit = False
+        self._know(made, told)
+        return made
+
+    def _know(self, made: BoxSnapshot, told: Mapping[str, Any]) -> None:
+        made.pause_us = int(told.get("pause_us", 0))
+        made._known.append(int(told["snapshot"]))
+        self._family.handles[made._known[0]] += 1
 
     def rollback(self, snapshot: BoxSnapshot) -> bool:
         """Return to `snapshot`; whether a copy stood ready. Raises `BoxError` ("no_snapshot": it was let go)."""
@@ -249,7 +247,9 @@ class Box:
             except BaseException:
                 ours.close()
                 raise
-        return Box._branched(self, ours)
+        made = Box.__new__(Box)
+        made._join(self.limits, ours, self._family)
+        return made
 
     def prepare(self, snapshot: BoxSnapshot) -> None:
         """Have a copy of `snapshot` stand ready, so that the next rollback to it is warm."""
@@ -278,15 +278,15 @@ class Box:
 
     def close(self) -> None:
         """End this branch; with its last branch the box ends, and everything in it. Safe to repeat."""
-        if self._closed:
-            return
+        self._abandon()
+        if not self._family.connections:
+            self._family.end()
+
+    def _abandon(self) -> None:
+        """End this branch without waiting for what follows from it."""
         self._closed = True
         self._connection.close()
-        family = getattr(self, "_family", None)
-        if family is not None:
-            family.connections.discard(self._connection)
-            if not family.connections:
-                family.end()
+        self._family.connections.discard(self._connection)
 
     def __enter__(self) -> Box:
         return self
@@ -330,9 +330,7 @@ class Box:
             made = self._pending.popleft()
             try:
                 told = self._next_reply()
-                made.pause_us = int(told.get("pause_us", 0))
-                made._known.append(int(told["snapshot"]))
-                self._family.handles[made._known[0]] += 1
+                self._know(made, told)
             except BoxError as error:
                 made._failure = error
                 if self._closed:
@@ -369,21 +367,50 @@ def _error(told: Mapping[str, Any]) -> Exception:
     return BoxError(code, message)
 
 
+def _run_message(limits: Limits, op: str, code: str, seconds: float | None) -> dict[str, Any]:
+    wait = limits.seconds if seconds is None else seconds
+    return {"op": op, "code": code, "seconds": wait, "cpu_seconds": limits.cpu_seconds, "most": limits.output}
+
+
+def _output(told: Mapping[str, Any]) -> Output:
+    return Output(told["output"], told["status"], told["stopped"], told["cut"], told["restarted"])
+
+
 def _start(
-    folder: Path,
+    workspace: str | os.PathLike[str] | None,
+    limits: Limits,
+    python: str | None,
+    visible: Sequence[str],
+    environment: Mapping[str, str] | None,
+    network: bool,
+) -> tuple[socket.socket, _Family]:
+    """A connection to a new box, whose first message will be "ready" or an error."""
+    if sys.platform != "linux":
+        raise BoxError("not_isolated", "a box needs Linux's namespaces and overlay file systems")
+    folder = Path(workspace).resolve() if workspace is not None else None
+    if folder is not None and not folder.is_dir():
+        raise FileNotFoundError(f"the workspace {folder} is not a folder")
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process, groups = _launch(folder, limits, theirs, python, visible, environment, network)
+    return ours, _Family(process, groups)
+
+
+def _launch(
+    folder: Path | None,
     limits: Limits,
     control: socket.socket,
     python: str | None,
     visible: Sequence[str],
     environment: Mapping[str, str] | None,
     network: bool,
-) -> _Family:
+) -> tuple[subprocess.Popen[bytes], list[str]]:
     here = str(Path(__file__).parent)
     plain = limits.plain()
     groups = cgroup.make(plain)
     config = {
         "control": control.fileno(),
-        "workspace": str(folder),
+        "workspace": str(folder) if folder is not None else None,
         "limits": plain,
         "network": network,
         "cgroup": groups,
@@ -408,7 +435,7 @@ def _start(
         env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
         start_new_session=True,
     )
-    return _Family(process, groups)
+    return process, groups
 
 
 def _own_folders() -> list[str]:

@@ -22,7 +22,7 @@ DEVICES = ("null", "zero", "full", "random", "urandom")
 def build(room: Path, workspace: int, prefixes: tuple[str, ...], network: bool, size: str, guest: int) -> None:
     """Mount a memory-backed file system over `room` and build in it `root` (what guests see) and `layers/base`.
 
-    `workspace`: descriptor of the user's folder. `size`: options of the memory-backed file system that holds all
+    `workspace`: descriptor of the user's folder (-1: an empty one). `size`: options of the memory-backed file system that holds all
     layers.
     """
     wanted = dict.fromkeys((*SYSTEM, *(NETWORK if network else ()), *prefixes))
@@ -45,7 +45,10 @@ def build(room: Path, workspace: int, prefixes: tuple[str, ...], network: bool, 
     for folder in (base / "tmp", shared):
         folder.chmod(0o1777)
     kernel.mount("proc", str(root / "proc"), "proc", kernel.NO_SUID | kernel.NO_DEV | kernel.NO_EXEC, "hidepid=4")
-    _attach_workspace(workspace, base / "workspace")
+    if workspace >= 0:
+        _attach_workspace(workspace, base / "workspace")
+    else:
+        os.chown(base / "workspace", guest, guest)
 
 
 def _attach_workspace(fd: int, target: Path) -> None:

@@ -63,6 +63,7 @@ class Template:
     plain: bool  # whether there is nothing to carry over but the working directory
     cost: int = 0  # bytes that only it holds
     used: float = 0.0
+    paused: float = 0.0  # seconds that the guest stood still for it
     lineage: int = 0
     hot: int = 0  # how often it was gone back to
     spare: Guest | None = None
@@ -160,7 +161,7 @@ def freeze(home: Home, layers: Layers, guest: Guest, number: int, plain: bool) -
     """Leave a frozen copy of `guest`, which goes on in new layers where it had written to its own. Raises `Refused`
     (it goes on as it was), `GuestGone`.
     """
-    connection = guest.connection
+    connection, started = guest.connection, time.perf_counter()
     before = set(_children_of(1))
     ours, theirs = _pair()
     with theirs:
@@ -184,11 +185,14 @@ def freeze(home: Home, layers: Layers, guest: Guest, number: int, plain: bool) -
         layers.drop(fresh)
         ours.close()
         raise
+    paused = time.perf_counter() - started
     layers.hold(stacks.values())
     template = Template(number, pid, ours, stacks, plain, lineage=guest.lineage + 1, used=time.monotonic())
+    template.paused = paused
     if not plain:
         _ask(connection, encode({"op": "moved"}))
         told, _ = _heard(connection)
+        template.paused = time.perf_counter() - started
         if told.get("op") != "ready":
             template.refused = _reasons(told)
     try:

@@ -49,7 +49,7 @@ def _say(control: socket.socket, error: Exception) -> None:
 
 
 def _enter(config: dict[str, Any]) -> int:
-    """Leave for new namespaces; a descriptor of the workspace as the box's lowest layer."""
+    """Leave for new namespaces; a descriptor of the workspace as the box's lowest layer (-1: an empty one)."""
     user, group = os.getuid(), os.getgid()
     flags = kernel.NEW_USER | kernel.NEW_MOUNT | kernel.NEW_PID | kernel.NEW_IPC | kernel.NEW_UTS
     flags |= 0 if config["network"] else kernel.NEW_NET
@@ -59,13 +59,9 @@ def _enter(config: dict[str, Any]) -> int:
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"{GUEST} {user} 1")
         Path("/proc/self/gid_map").write_text(f"{GUEST} {group} 1")
-        return os.open(workspace, os.O_PATH | os.O_DIRECTORY)
+        return os.open(workspace, os.O_PATH | os.O_DIRECTORY) if workspace else -1
     outside = _free_user()
-    owner = os.stat(workspace)
-    base = kernel.clone_tree(workspace)
-    users = _user_namespace(f"{owner.st_uid} {outside} 1", f"{owner.st_gid} {outside} 1")
-    kernel.read_only_owned_by(base, users)
-    os.close(users)
+    base = _shown_as(workspace, outside) if workspace else -1
     ready, mapped = os.pipe(), os.pipe()
     target = os.getpid()
     helper = os.fork()
@@ -84,6 +80,16 @@ def _enter(config: dict[str, Any]) -> int:
     for fd in (*ready, mapped[0]):
         os.close(fd)
     return base
+
+
+def _shown_as(folder: str, outside: int) -> int:
+    """A detached read-only mount of `folder` in which its owner is the user `outside`, so that guests own it."""
+    owner = os.stat(folder)
+    tree = kernel.clone_tree(folder)
+    users = _user_namespace(f"{owner.st_uid} {outside} 1", f"{owner.st_gid} {outside} 1")
+    kernel.read_only_owned_by(tree, users)
+    os.close(users)
+    return tree
 
 
 def _user_namespace(uids: str, gids: str) -> int:

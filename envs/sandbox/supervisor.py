@@ -333,7 +333,6 @@ class Supervisor:
     def _snapshot(self, seat: Seat, _message: dict[str, Any], _fds: list[int] | None = None) -> dict[str, Any]:
         if seat.at is not None and seat.at in self.templates:
             return {"snapshot": seat.at, "same": 1}
-        started = time.perf_counter()
         if seat.plain is None:
             seat.plain = guests.is_plain(seat.guest, self._pids())
         try:
@@ -343,7 +342,6 @@ class Supervisor:
         except guests.GuestGone:
             self._replace_guest(seat)
             raise
-        pause = time.perf_counter() - started
         if template.refused:
             guests.end_template(self.layers, template, self._pids())
             raise Mistake("incomplete", "; ".join(template.refused), reasons=template.refused)
@@ -352,7 +350,7 @@ class Supervisor:
         if hasattr(self, "_unmeasured"):
             self._unmeasured.append(template.number)
         seat.at = template.number
-        return {"snapshot": template.number, "pause_us": round(pause * 1e6)}
+        return {"snapshot": template.number, "pause_us": round(template.paused * 1e6)}
 
     def _freeze(self, seat: Seat) -> guests.Template:
         if seat.plain:

@@ -16,6 +16,9 @@ MOST = 8 * 1024 * 1024
 """Bytes of the longest message."""
 
 _HEAD = struct.Struct("<I")
+HEAD_SIZE = _HEAD.size
+"""Bytes before a message that tell its length."""
+
 FREEZE, FORK, RENEW, DONE, NOT_PLAIN = (bytes((mark, 0xFF, 0xFF, 0xFF)) for mark in b"fkrdn")
 """Messages of four bytes between supervisor and guests, no length of any other: a process that has just been forked
 copies each page it touches, and parsing JSON touches many.

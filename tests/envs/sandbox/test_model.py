@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -113,16 +115,20 @@ def test_random_programs_end_as_on_full_copies(boxes_work: None, tmp_path_factor
 @pytest.mark.long
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("user", ["root", "nobody"])
-def test_ten_thousand_operations(boxes_work: None, tmp_path: Path, user: str) -> None:
-    command = [sys.executable, str(Path(__file__).parent / "many.py"), "5000", str(tmp_path)]
+def test_ten_thousand_operations(boxes_work: None, user: str) -> None:
+    folder = Path(tempfile.mkdtemp(prefix="model-", dir="/tmp"))  # another user must get there
+    command = [sys.executable, str(Path(__file__).parent / "many.py"), "5000", str(folder)]
     if user == "nobody":
         if os.getuid() != 0:
             pytest.skip("this user cannot become another one")
         if not Path(SYSTEM_PYTHON).exists():
             pytest.skip(f"this Python may lie where another user cannot read it, and there is no {SYSTEM_PYTHON}")
-        tmp_path.chmod(0o777)
+        folder.chmod(0o777)
         command.append(SYSTEM_PYTHON)
         # outside the box it may read this Python wherever it is installed, and has no other right
         command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all,+dac_read_search",
                    "--ambient-caps=-all,+dac_read_search", *command]  # fmt: skip
-    subprocess.run(command, check=True, timeout=2900)
+    try:
+        subprocess.run(command, check=True, timeout=2900)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
