@@ -93,9 +93,10 @@ def test_no_frozen_layer_ever_changes(boxes_work: None, workspace: Path) -> None
         for n in range(60):
             box.python(f"n = {n}; change(n); f.write('more'); f.flush(); g.write('x' * 9000)")
             kept.append(box.snapshot())
-            live = set(re.findall(r" /(\w+) overlay .*?upperdir=(\w+)", box.shell("cat /proc/mounts").text))
+            mounts = re.findall(r" /(\w+) overlay .*?lowerdir=([^,]+)", box.shell("cat /proc/mounts").text)
+            frozen = {f"{volume}/{word}" for volume, words in mounts for word in words.split(":")}
             for name, digest in _layers(room).items():
-                if tuple(name.split("/")) not in live:
+                if name in frozen:
                     hashes.setdefault(name, (n, digest))
             if n % 4 == 3:
                 box.rollback(rng.choice(kept))
@@ -104,7 +105,7 @@ def test_no_frozen_layer_ever_changes(boxes_work: None, workspace: Path) -> None
                 if name in now and now[name] != digest:
                     time.sleep(0.5)  # one that nobody uses any more may just be going
                     assert name not in _layers(room), (name, when, n)
-    assert len(hashes) > 60
+    assert len(hashes) > 50
     os.close(int(room.name))
 
 
