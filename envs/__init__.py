@@ -31,9 +31,12 @@ __all__ = [
 ]
 
 SPREADSHEET = "espalier/Spreadsheet-v0"
+CODE_SANDBOX = "espalier/CodeSandbox-v0"
 
-if SPREADSHEET not in gymnasium.registry:
-    # Gymnasium's own checker expects arrays; `check.check_agent_env` is the one for agent environments.
-    gymnasium.register(
-        SPREADSHEET, entry_point="espalier.envs.spreadsheet.env:SpreadsheetEnv", disable_env_checker=True
-    )
+for _id, _entry in (
+    (SPREADSHEET, "espalier.envs.spreadsheet.env:SpreadsheetEnv"),
+    (CODE_SANDBOX, "espalier.envs.coding.env:CodeSandboxEnv"),
+):
+    if _id not in gymnasium.registry:
+        # Gymnasium's own checker expects arrays; `check.check_agent_env` is the one for agent environments.
+        gymnasium.register(_id, entry_point=_entry, disable_env_checker=True)

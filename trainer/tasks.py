@@ -16,6 +16,7 @@ from ..configs.schema import EnvSection
 from ..envs.core import Task
 
 SPREADSHEET = "espalier/Spreadsheet-v0"
+CODE_SANDBOX = "espalier/CodeSandbox-v0"
 FLOOR = 0.02
 """Added to p(1-p), whose largest value is 0.25: a task that seems always or never solved is still looked at now and
 then.
@@ -30,12 +31,16 @@ def load(section: EnvSection, split: Literal["train", "test"], seed: int, count:
         from ..envs.spreadsheet.datasets import load_tasks
 
         return list(load_tasks(section.tasks, split=split, seed=seed, count=count))
+    if section.id == CODE_SANDBOX:
+        from ..envs.coding.datasets import load_tasks as load_code_tasks
+
+        return list(load_code_tasks(section.tasks, split=split, seed=seed, count=count))
     return [Task(f"{split}-{seed}-{number}", "") for number in range(count)]
 
 
 def environment_options(section: EnvSection, tasks: Sequence[Task]) -> dict[str, Any]:
     """What the environment's constructor gets besides `section.kwargs`."""
-    if section.id == SPREADSHEET:
+    if section.id in (SPREADSHEET, CODE_SANDBOX):
         return {"tasks": list(tasks), "tools": list(section.tools), "terse": section.terse}
     return {}
 

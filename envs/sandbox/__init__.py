@@ -4,5 +4,16 @@ from __future__ import annotations
 
 from .aio import AsyncBox
 from .box import Box, BoxError, BoxSnapshot, Limits, Output, SnapshotIncomplete
+from .copying import CopyBox, CopySnapshot
 
-__all__ = ["AsyncBox", "Box", "BoxError", "BoxSnapshot", "Limits", "Output", "SnapshotIncomplete"]
+__all__ = [
+    "AsyncBox",
+    "Box",
+    "BoxError",
+    "BoxSnapshot",
+    "CopyBox",
+    "CopySnapshot",
+    "Limits",
+    "Output",
+    "SnapshotIncomplete",
+]

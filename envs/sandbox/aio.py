@@ -13,7 +13,19 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from .box import Box, BoxError, BoxSnapshot, Limits, Output, _error, _output, _run_message, _start, _START_SECONDS, _REPLY_SECONDS
+from .box import (
+    _REPLY_SECONDS,
+    _START_SECONDS,
+    Box,
+    BoxError,
+    BoxSnapshot,
+    Limits,
+    Output,
+    _error,
+    _output,
+    _run_message,
+    _start,
+)
 from .wire import HEAD_SIZE, WireError, decode, decode_length, encode
 
 
@@ -39,16 +51,16 @@ class AsyncBox:
         await made._ask(None, _START_SECONDS)
         return made
 
-    async def python(self, code: str, *, seconds: float | None = None) -> Output:
+    async def python(self, code: str, *, seconds: float | None = None, show: bool = True) -> Output:
         """Run statements in the live interpreter. Raises `BoxError`."""
-        return await self._run("python", code, seconds)
+        return await self._run("python", code, seconds, show)
 
     async def shell(self, command: str, *, seconds: float | None = None) -> Output:
         """Run a shell command. Raises `BoxError`."""
         return await self._run("shell", command, seconds)
 
-    async def _run(self, op: str, code: str, seconds: float | None) -> Output:
-        message = _run_message(self._box.limits, op, code, seconds)
+    async def _run(self, op: str, code: str, seconds: float | None, show: bool = False) -> Output:
+        message = _run_message(self._box.limits, op, code, seconds, show)
         return _output(await self._ask(message, message["seconds"] + _REPLY_SECONDS))
 
     async def snapshot(self) -> BoxSnapshot:

@@ -35,6 +35,7 @@ from .wire import WireError, receive, send
 _START_SECONDS = 60.0
 _REPLY_SECONDS = 60.0
 _END_SECONDS = 5.0
+_CHUNK = 4 << 20
 _BOOT = (
     "import sys,types;p=types.ModuleType('espalier_box');p.__path__=[sys.argv[1]];sys.modules['espalier_box']=p;"
     "from espalier_box.{module} import main;sys.exit(main({argument}))"
@@ -86,7 +87,10 @@ class Limits:
 
     def plain(self) -> dict[str, Any]:
         """The same with sizes in bytes. Raises `ValueError` for a size that is none."""
-        return {**asdict(self), **{name: _bytes(getattr(self, name)) for name in ("memory", "files", "snapshot_memory")}}
+        return {
+            **asdict(self),
+            **{name: _bytes(getattr(self, name)) for name in ("memory", "files", "snapshot_memory")},
+        }
 
 
 @dataclass(frozen=True)
@@ -160,6 +164,8 @@ class Box:
 
     `workspace`: folder that the box starts from and never writes to; it must not change while the box lives. `visible`:
     further folders that guests may read. `environment`: variables for guests. `network`: whether they reach one.
+    `live=False`: no interpreter that stays, each call of `python` is a program of its own; a snapshot then is of files,
+    working directory and environment, and nothing that a call did in memory can stand in its way.
     Raises `BoxError` ("not_isolated") where this machine does not allow it.
     """
 
@@ -172,8 +178,10 @@ class Box:
         visible: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
         network: bool = False,
+        live: bool = True,
     ) -> None:
         limits = limits or Limits()
+        self._python = "python" if live else "fresh"
         connection, family = _start(workspace, limits, python, visible, environment, network)
         self._join(limits, connection, family)
         connection.settimeout(_START_SECONDS)
@@ -191,16 +199,16 @@ class Box:
         connection.settimeout(_REPLY_SECONDS)
         family.connections.add(connection)
 
-    def python(self, code: str, *, seconds: float | None = None) -> Output:
-        """Run statements in the live interpreter; the value of a last expression is shown. Raises `BoxError`."""
-        return self._run("python", code, seconds)
+    def python(self, code: str, *, seconds: float | None = None, show: bool = True) -> Output:
+        """Run statements in the live interpreter; `show`: the value of a last expression, too. Raises `BoxError`."""
+        return self._run(self._python, code, seconds, show)
 
     def shell(self, command: str, *, seconds: float | None = None) -> Output:
         """Run a shell command in the interpreter's working directory and environment. Raises `BoxError`."""
         return self._run("shell", command, seconds)
 
-    def _run(self, op: str, code: str, seconds: float | None) -> Output:
-        message = _run_message(self.limits, op, code, seconds)
+    def _run(self, op: str, code: str, seconds: float | None, show: bool = False) -> Output:
+        message = _run_message(self.limits, op, code, seconds, show)
         self._send(message)
         self._connection.settimeout(message["seconds"] + _REPLY_SECONDS)
         try:
@@ -248,12 +256,20 @@ class Box:
                 ours.close()
                 raise
         made = Box.__new__(Box)
+        made._python = self._python
         made._join(self.limits, ours, self._family)
         return made
 
+    def restart(self, snapshot: BoxSnapshot | None = None) -> None:
+        """End everything that runs here; a fresh interpreter (or that of `snapshot`) goes on with the present files.
+
+        Raises `BoxError` ("not_plain") when that interpreter holds files or pipes open.
+        """
+        self._ask({"op": "restart", "snapshot": self._own(snapshot) if snapshot is not None else None})
+
     def prepare(self, snapshot: BoxSnapshot) -> None:
         """Have a copy of `snapshot` stand ready, so that the next rollback to it is warm."""
-        self._ask({"op": "spare", "snapshot": self._own(snapshot)})
+        self._ask({"op": "prepare", "snapshot": self._own(snapshot)})
 
     def drop(self, snapshot: BoxSnapshot) -> None:
         """Let a snapshot go now; one whose handle is collected goes by itself."""
@@ -261,11 +277,21 @@ class Box:
 
     def read_file(self, path: str, *, most: int = 1 << 20) -> bytes:
         """At most `most` bytes of a file below /workspace or /tmp. Raises `OSError` as the guest would see it."""
-        return base64.b64decode(self._ask({"op": "read_file", "path": path, "most": min(most, 4 << 20)})["data"])
+        data = bytearray()
+        while len(data) < most:
+            wanted = min(most - len(data), _CHUNK)
+            message = {"op": "read_file", "path": path, "most": wanted, "offset": len(data)}
+            chunk = base64.b64decode(self._ask(message)["data"])
+            data += chunk
+            if len(chunk) < wanted:
+                break
+        return bytes(data)
 
     def write_file(self, path: str, data: bytes) -> None:
         """Write a file as the guest's user; missing folders are made. Raises `OSError`."""
-        self._ask({"op": "write_file", "path": path, "data": base64.b64encode(data).decode()})
+        for at in range(0, max(len(data), 1), _CHUNK):
+            chunk = base64.b64encode(data[at : at + _CHUNK]).decode()
+            self._ask({"op": "write_file", "path": path, "data": chunk, "more": at > 0})
 
     def list_files(self, path: str = ".") -> list[tuple[str, str, int]]:
         """Entries of a folder: name, "file", "folder" or "link", and size in bytes. Raises `OSError`."""
@@ -362,14 +388,15 @@ def _error(told: Mapping[str, Any]) -> Exception:
     if code == "incomplete":
         return SnapshotIncomplete(message, told.get("reasons", []))
     if code == "file":
-        number = getattr(__import__("errno"), str(told.get("errno")), 5)
-        return OSError(number, message)
+        return OSError(int(told["errno"]), message)
     return BoxError(code, message)
 
 
-def _run_message(limits: Limits, op: str, code: str, seconds: float | None) -> dict[str, Any]:
+def _run_message(limits: Limits, op: str, code: str, seconds: float | None, show: bool = False) -> dict[str, Any]:
     wait = limits.seconds if seconds is None else seconds
-    return {"op": op, "code": code, "seconds": wait, "cpu_seconds": limits.cpu_seconds, "most": limits.output}
+    return {
+        "op": op, "code": code, "show": show, "seconds": wait, "cpu_seconds": limits.cpu_seconds, "most": limits.output,
+    }  # fmt: skip
 
 
 def _output(told: Mapping[str, Any]) -> Output:
@@ -444,7 +471,11 @@ def _own_folders() -> list[str]:
     found += [path for key, path in sysconfig.get_paths().items() if key in ("stdlib", "purelib", "platlib")]
     kept: list[str] = []
     for path in sorted(dict.fromkeys(found), key=len):
-        if path not in ("/usr", "/") and Path(path).is_dir() and not any(path.startswith(k + "/") for k in ("/usr", *kept)):
+        if (
+            path not in ("/usr", "/")
+            and Path(path).is_dir()
+            and not any(path.startswith(k + "/") for k in ("/usr", *kept))
+        ):
             kept.append(path)
     return kept
 

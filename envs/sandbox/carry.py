@@ -1,9 +1,10 @@
 """What fork alone does not carry over: open files, pipes, shared memory, timers, finished children.
 
 Runs in the guest. At a snapshot `inspect` looks at the process before it forks and says what stands in the way; the
-frozen copy calls `settle`, and whoever goes on (the worker after a snapshot, a fork of the frozen copy after a rollback)
-calls `adopt` once its own layers are attached. Always true: two processes of one family never share a file offset, a
-pipe or a page of shared memory, and a frozen copy holds no descriptor through which its layer could be written.
+frozen copy calls `settle`, and whoever goes on (the worker after a snapshot, a fork of the frozen copy after a
+rollback) calls `adopt` once its own layers are attached. Always true: two processes of one family never share a file
+offset, a pipe or a page of shared memory, and a frozen copy holds no descriptor through which its layer could be
+written.
 """
 
 from __future__ import annotations
@@ -181,15 +182,15 @@ def _file(
             there = os.stat(path)
         except OSError:
             there = None
-        if there is None or (there.st_dev, there.st_ino) != (found.st_dev, found.st_ino):
-            if not _same_file(fd, path, found):
-                reasons.append(f"descriptor {fd}, whose file {path} was replaced")
-                return
+        same = there is not None and (there.st_dev, there.st_ino) == (found.st_dev, found.st_ino)
+        if not same and not _same_file(path, found):
+            reasons.append(f"descriptor {fd}, whose file {path} was replaced")
+            return
     carried.files.append(OpenFile(fd, path, flags & _KEPT_FLAGS, offset, inheritable, contents))
 
 
-def _same_file(fd: int, path: str, found: os.stat_result) -> bool:
-    """Whether `path` still names what `fd` has open, though a copy-up gave the name another number."""
+def _same_file(path: str, found: os.stat_result) -> bool:
+    """Whether `path` still names what a descriptor has open, though a copy-up gave the name another number."""
     try:
         again = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:

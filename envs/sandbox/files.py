@@ -28,9 +28,9 @@ def serve(mounts: dict[str, int], message: dict[str, Any], guest: int) -> dict[s
     _libc.setfsuid(guest)
     try:
         if message["op"] == "read_file":
-            return _read(root, path, int(message.get("most", 1 << 20)))
+            return _read(root, path, int(message["most"]), int(message["offset"]))
         if message["op"] == "write_file":
-            return _write(root, path, base64.b64decode(message["data"]))
+            return _write(root, path, base64.b64decode(message["data"]), bool(message["more"]))
         return _list(root, path)
     finally:
         _libc.setfsuid(os.getuid())
@@ -45,7 +45,7 @@ def _place(mounts: dict[str, int], path: str) -> tuple[int, str]:
     raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
 
 
-def _read(root: int, path: str, most: int) -> dict[str, Any]:
+def _read(root: int, path: str, most: int, offset: int) -> dict[str, Any]:
     fd = kernel.open_inside(root, path, os.O_RDONLY | os.O_NONBLOCK)
     with os.fdopen(fd, "rb") as file:
         found = os.fstat(fd)
@@ -53,10 +53,11 @@ def _read(root: int, path: str, most: int) -> dict[str, Any]:
             raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
         if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        return {"data": base64.b64encode(file.read(most)).decode(), "size": found.st_size}
+        file.seek(offset)
+        return {"data": base64.b64encode(file.read(most)).decode()}
 
 
-def _write(root: int, path: str, data: bytes) -> dict[str, Any]:
+def _write(root: int, path: str, data: bytes, more: bool) -> dict[str, Any]:
     parent = posixpath.dirname(path)
     made = ""
     for part in parent.split("/") if parent else ():
@@ -69,7 +70,9 @@ def _write(root: int, path: str, data: bytes) -> dict[str, Any]:
                 os.mkdir(posixpath.basename(made), 0o755, dir_fd=above)
             finally:
                 os.close(above)
-    fd = kernel.open_inside(root, path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK, 0o644)
+    fd = kernel.open_inside(
+        root, path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | (os.O_APPEND if more else os.O_TRUNC), 0o644
+    )
     with os.fdopen(fd, "wb") as file:
         file.write(data)
     return {"written": len(data)}

@@ -7,6 +7,7 @@ nothing else. What a filter can see are numbers, never memory, so what it allows
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import struct
@@ -76,10 +77,8 @@ def next_question(listener: int) -> tuple[int, int, int, tuple[int, ...]] | None
 def answer(listener: int, mark: int, error: int | None, done: bool = False) -> None:
     """Let the call happen (None), or say that it failed with `error`; `done`: that it has happened."""
     flags = 0 if done or error else _CONTINUE
-    try:
+    with contextlib.suppress(OSError):  # the asker was killed meanwhile
         _ioctl(listener, _SEND, ctypes.create_string_buffer(struct.pack("QqiI", mark, 0, -(error or 0), flags), 24))
-    except OSError:  # the asker was killed meanwhile
-        pass
 
 
 def _ioctl(fd: int, request: int, data: ctypes.Array[ctypes.c_char]) -> None:

@@ -22,8 +22,8 @@ DEVICES = ("null", "zero", "full", "random", "urandom")
 def build(room: Path, workspace: int, prefixes: tuple[str, ...], network: bool, size: str, guest: int) -> None:
     """Mount a memory-backed file system over `room` and build in it `root` (what guests see) and `layers/base`.
 
-    `workspace`: descriptor of the user's folder (-1: an empty one). `size`: options of the memory-backed file system that holds all
-    layers.
+    `workspace`: descriptor of the user's folder (-1: an empty one). `size`: options of the memory-backed file system
+    that holds all layers.
     """
     wanted = dict.fromkeys((*SYSTEM, *(NETWORK if network else ()), *prefixes))
     sources = {path: _opened(path) for path in (*wanted, *(f"/dev/{name}" for name in DEVICES))}

@@ -87,7 +87,7 @@ def start(
     limits: list[tuple[int, int]],
 ) -> tuple[Guest, int]:
     """The first guest, and the descriptor on which its signals are decided. Raises `OSError`, `GuestGone`."""
-    mounted = layers.mount({name: () for name in VOLUMES})
+    mounted = layers.mount(dict.fromkeys(VOLUMES, ()))
     ours, theirs = _pair()
     pid = os.fork()
     if pid == 0:
@@ -226,8 +226,9 @@ def fork(home: Home, layers: Layers, template: Template) -> Guest:
 
 
 def renew(template: Template) -> None:
-    """Put a copy with pages of its own in a frozen copy's place, so that its forks are fast again (see `renew.py`); where
-    that fails it stays as it is.
+    """Put a copy with pages of its own in a frozen copy's place, so that its forks are fast again (see `renew`).
+
+    Where that fails it stays as it is.
     """
     ours, theirs = _pair()
     try:

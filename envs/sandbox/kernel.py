@@ -205,7 +205,9 @@ def restrict_mounting() -> bool:
     make_char, make_block, refer = 1 << 6, 1 << 11, 1 << 13
     if version < 2:  # it would forbid every rename from one folder to another
         return False
-    rules = struct.pack("QQQ", make_char | make_block | refer, 0, 0b11)[: 24 if version >= 6 else 16 if version >= 4 else 8]
+    rules = struct.pack("QQQ", make_char | make_block | refer, 0, 0b11)[
+        : 24 if version >= 6 else 16 if version >= 4 else 8
+    ]
     ruleset = syscall(LANDLOCK_CREATE, rules, len(rules), 0, name="landlock_create_ruleset")
     root = os.open("/", os.O_PATH | os.O_CLOEXEC)
     syscall(LANDLOCK_ADD, ruleset, 1, struct.pack("<Qi", refer, root), 0, name="landlock_add_rule")

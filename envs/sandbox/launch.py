@@ -16,11 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from . import cgroup, kernel
-from .supervisor import serve
+from .supervisor import GUEST, serve
 from .wire import send
-
-GUEST = 1000
-"""The guest's user and group number, as seen inside."""
 
 
 def main(text: str) -> int:
@@ -125,4 +122,3 @@ def _free_user() -> int:
         raise OSError(1, "there are no spare user numbers to run the code as")
     low = first + min(count // 2, 1_000_000)
     return low + os.getpid() % min(1_000_000, count - count // 2 - 1)
-

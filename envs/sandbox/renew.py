@@ -67,7 +67,9 @@ def _private(smaps: bytes) -> list[tuple[int, int, int]]:
         if not first.endswith(b":"):
             place, rights, *_ = line.split(None, 2)
             start, end = (int(part, 16) for part in place.split(b"-"))
-            usable = rights[:1] == b"r" and rights[2:4] == b"-p" and not line.rstrip().endswith(b"]") or line.endswith(b"[heap]")
+            usable = (
+                rights[:1] == b"r" and rights[2:4] == b"-p" and not line.rstrip().endswith(b"]")
+            ) or line.endswith(b"[heap]")
             area = (start, end - start, 1 | (2 if rights[1:2] == b"w" else 0)) if usable else None
             own = False
         elif first == b"Anonymous:":

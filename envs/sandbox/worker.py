@@ -18,6 +18,7 @@ import sys
 import traceback
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from . import carry, kernel, renew
@@ -66,7 +67,9 @@ def _run(connection: socket.socket, message: dict[str, Any], out: int, space: di
     answer: dict[str, Any] = {"status": 0}
     try:
         if message["op"] == "python":
-            _python(message["code"], space)
+            _python(message["code"], space, bool(message["show"]))
+        elif message["op"] == "fresh":
+            answer["status"] = _fresh(message["code"])
         else:
             answer["status"] = _shell(message["code"])
     except SystemExit as leaving:
@@ -88,12 +91,16 @@ def _run(connection: socket.socket, message: dict[str, Any], out: int, space: di
     send(connection, answer)
 
 
-def _python(code: str, space: dict[str, Any]) -> None:
-    """Run statements; the value of a last expression is shown, as at a prompt."""
+def _python(code: str, space: dict[str, Any], show: bool) -> None:
+    """Run statements; `show`: the value of a last expression, as at a prompt."""
     name = "<agent>"
     linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
     tree = ast.parse(code, name)
-    last = ast.Expression(tree.body.pop().value) if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    end = tree.body[-1] if tree.body else None
+    last = None
+    if show and isinstance(end, ast.Expr):
+        last = ast.Expression(end.value)
+        tree.body.pop()
     exec(compile(tree, name, "exec"), space)  # noqa: S102  (what this process is for)
     if last is not None:
         value = eval(compile(last, name, "eval"), space)  # noqa: S307
@@ -111,14 +118,18 @@ def _show(error: BaseException) -> None:
 
 
 def _shell(code: str) -> int:
-    shell = "/bin/bash" if os.path.exists("/bin/bash") else "/bin/sh"
+    shell = "/bin/bash" if Path("/bin/bash").exists() else "/bin/sh"
     with subprocess.Popen([shell, "-c", code], stdin=subprocess.DEVNULL) as process:
         return process.wait()
 
 
-def _freeze_plain(
-    connection: socket.socket, other: int, fork: Fork
-) -> tuple[socket.socket, carry.Carried | None]:
+def _fresh(code: str) -> int:
+    with subprocess.Popen([sys.executable, "-B", "-"], stdin=subprocess.PIPE) as process:
+        process.communicate(code.encode())
+        return process.returncode
+
+
+def _freeze_plain(connection: socket.socket, other: int, fork: Fork) -> tuple[socket.socket, carry.Carried | None]:
     """Leave a frozen copy of this process, which the supervisor has found to hold nothing that a fork would share;
     the socket to go on with, and what to adopt before the next request: by then the layers are attached.
     """

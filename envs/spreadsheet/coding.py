@@ -15,7 +15,7 @@ from ..tools import tool
 from .edits import Batch, Edit, Format, ManageSheet, SetCells
 from .engines.base import Book, Content, EngineError
 from .fields import Path, check_path
-from .interpreter import CodeResult, run_code
+from .interpreter import CodeResult
 from .package import PackageError, check_package
 from .refs import Rect
 from .workspace import Workspace, mistake
@@ -40,7 +40,7 @@ def code_interpreter(
     """
     check_path(path)
     before = space.export()
-    result = run_code(code, before, space.code_limits, space.code_isolation)
+    result = space.code.run(code, before)
     if result.refused is not None:
         raise mistake(
             "unavailable",
@@ -57,7 +57,7 @@ def code_interpreter(
 
 
 def _status(result: CodeResult, space: Workspace) -> str:
-    limits = space.code_limits
+    limits = space.code.limits
     if result.stopped == "time":
         return f"[stopped after {limits.seconds:g} s; data.xlsx is as before]"
     if result.stopped == "memory":

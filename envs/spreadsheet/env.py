@@ -27,7 +27,7 @@ from .engines import get_engine
 from .engines.base import EngineError
 from .filling import FILLING
 from .formatting import FORMATTING
-from .interpreter import CodeLimits, Isolation
+from .interpreter import CodeLimits, CodeRunner, Isolation
 from .package import PackageError
 from .reading import READING
 from .scoring import Scorer
@@ -127,7 +127,7 @@ class SpreadsheetEnv(AgentEnv):
         self._cache = cache if cache is not None else shared_cache()
         self._engine = get_engine(engine)
         self._scorer = Scorer(self._engine, self._cache, crosscheck, referee, perturbed)
-        self.workspace = Workspace(self._engine, code_isolation, limits)
+        self.workspace = Workspace(self._engine, CodeRunner(limits, code_isolation))
         self._toolset = (TOOLS.select(tools) if tools else TOOLS).bind(self.workspace)
         self._task: SpreadsheetTask | None = None
         self._over = True
@@ -206,6 +206,10 @@ class SpreadsheetEnv(AgentEnv):
         `EnvFailure`.
         """
         return self.workspace.export()
+
+    def close(self) -> None:
+        """End what code_interpreter has started. Safe to repeat."""
+        self.workspace.code.close()
 
     def state_digest(self) -> str:
         """Hex sha256 of everything the episode depends on."""

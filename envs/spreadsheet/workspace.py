@@ -17,7 +17,7 @@ from ..repair import shorten, similar
 from ..tools import ToolMistake
 from .edits import Edit, formats_now
 from .engines.base import Book, Engine, EngineError, Value
-from .interpreter import CodeLimits, Isolation
+from .interpreter import CodeRunner
 from .refs import BadReference, RangeRef, Rect, cell_name, parse_range, quote_sheet, split_list
 from .text import date_kind, value_literal
 
@@ -47,12 +47,9 @@ class Opened:
 class Workspace:
     """One open workbook and its journal. `load` starts over."""
 
-    def __init__(
-        self, engine: Engine, code_isolation: Isolation = "namespaces", code_limits: CodeLimits | None = None
-    ) -> None:
+    def __init__(self, engine: Engine, code: CodeRunner | None = None) -> None:
         self.engine = engine
-        self.code_isolation = code_isolation
-        self.code_limits = code_limits or CodeLimits()
+        self.code = code or CodeRunner()
         self._start: Opened | None = None
         self.journal: tuple[Edit, ...] = ()
         self.history = ""

@@ -6,7 +6,6 @@ import asyncio
 from pathlib import Path
 
 import pytest
-
 from espalier.envs.sandbox import AsyncBox, BoxError, Limits, SnapshotIncomplete
 
 from .test_kill import _gone, _tree

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
 from espalier.envs.sandbox import Box, BoxError, Limits, SnapshotIncomplete
 
 
@@ -179,7 +178,9 @@ def test_a_call_beyond_its_time_is_interrupted_and_the_interpreter_stays(box: Bo
 
 def test_an_interpreter_that_cannot_be_interrupted_is_replaced_and_files_stay(box: Box) -> None:
     box.python("x = 5; open('kept', 'w').write('1')")
-    stubborn = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nopen('late', 'w').close()\nwhile True: pass"
+    stubborn = (
+        "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nopen('late', 'w').close()\nwhile True: pass"
+    )
     out = box.python(stubborn, seconds=0.5)
     assert (out.stopped, out.restarted) == ("time", True)
     assert "NameError" in box.python("x").text
@@ -248,9 +249,8 @@ def test_the_least_valuable_snapshots_go_when_there_are_too_many(boxes_work: Non
 
 
 def test_a_snapshot_of_another_box_is_refused(box: Box, workspace: Path) -> None:
-    with Box(workspace) as other:
-        with pytest.raises(BoxError, match="foreign"):
-            box.rollback(other.snapshot())
+    with Box(workspace) as other, pytest.raises(BoxError, match="foreign"):
+        box.rollback(other.snapshot())
 
 
 def test_a_missing_workspace_is_said(tmp_path: Path) -> None:

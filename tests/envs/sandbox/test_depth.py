@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-
 from espalier.envs.sandbox import Box, Limits
 
 WALK = """
@@ -74,7 +73,10 @@ def test_rollback_upon_rollback_goes_as_deep_as_one_likes(boxes_work: None, work
         here = box.snapshot()
         for n in range(levels):
             box.rollback(here)
-            assert box.python(f"total += {n}; held[{n}] = 1; n = {n}; open('log', 'a').write('x'); sum(held)").text == f"{n + 1}\n"
+            assert (
+                box.python(f"total += {n}; held[{n}] = 1; n = {n}; open('log', 'a').write('x'); sum(held)").text
+                == f"{n + 1}\n"
+            )
             here = box.snapshot()
             if n % 5 == 0:
                 time.sleep(0.02)  # lets the box do its chores, as a model's thinking would

@@ -7,7 +7,6 @@ import textwrap
 from pathlib import Path
 
 import pytest
-
 from espalier.envs.sandbox import Box, BoxError, Limits, SnapshotIncomplete
 
 

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-
 from espalier.envs.sandbox import Box, BoxError, Limits
 
 WORK = """
@@ -66,7 +65,9 @@ def _alive(pid: int) -> bool:
 def _traces() -> set[str]:
     """Mounts and control groups of boxes that this process could see."""
     mounts = {line for line in Path("/proc/self/mountinfo").read_text().splitlines() if "espalier" in line}
-    groups = {str(p) for p in Path("/sys/fs/cgroup").glob("**/espalier-box-*")} if Path("/sys/fs/cgroup").exists() else set()
+    groups = (
+        {str(p) for p in Path("/sys/fs/cgroup").glob("**/espalier-box-*")} if Path("/sys/fs/cgroup").exists() else set()
+    )
     return mounts | groups
 
 

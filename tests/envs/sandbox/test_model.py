@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from espalier.envs.sandbox import Box, Limits
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-
-from espalier.envs.sandbox import Box, Limits
 
 from .oracle import PRELUDE, Oracle
 
@@ -70,7 +69,9 @@ def run(seed: int, count: int, folder: Path, python: str | None = None) -> int:
         exact: dict[int, Any] = {}
         while done < count:
             batch = [operation(rng) for _ in range(rng.randrange(1, 8))]
-            out = box.python(f"print(json.dumps([perform(world, *o) for o in json.loads({json.dumps(json.dumps(batch))})]))")
+            out = box.python(
+                f"print(json.dumps([perform(world, *o) for o in json.loads({json.dumps(json.dumps(batch))})]))"
+            )
             assert out.status == 0, out.text
             mine = [oracle.perform(o) for o in batch]
             assert json.loads(out.text) == mine, (seed, batch, out.text, mine)
@@ -108,7 +109,9 @@ def _look(box: Box, exact: bool) -> Any:
 
 @settings(max_examples=4, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 @given(st.integers(0, 2**32))
-def test_random_programs_end_as_on_full_copies(boxes_work: None, tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
+def test_random_programs_end_as_on_full_copies(
+    boxes_work: None, tmp_path_factory: pytest.TempPathFactory, seed: int
+) -> None:
     run(seed, 120, tmp_path_factory.mktemp("model"))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import openpyxl
@@ -64,12 +64,16 @@ class Driver:
 
 
 @pytest.fixture
-def drive(task: SpreadsheetTask) -> Callable[..., Driver]:
+def drive(task: SpreadsheetTask) -> Iterator[Callable[..., Driver]]:
     """Make an environment with `task` under way."""
+    made: list[SpreadsheetEnv] = []
 
     def make(**options: Any) -> Driver:
         env = SpreadsheetEnv(options.pop("tasks", [task]), **options)
+        made.append(env)
         env.reset(seed=0)
         return Driver(env)
 
-    return make
+    yield make
+    for env in made:
+        env.close()

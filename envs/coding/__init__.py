@@ -1,0 +1,1 @@
+"""Coding tasks in a sandbox: an agent repairs or writes code, hidden tests grade it."""

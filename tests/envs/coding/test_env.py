@@ -1,0 +1,214 @@
+"""Coding tasks: the contract, grading by tests that cannot be seen, determinism, and data of the user's own."""
+
+from __future__ import annotations
+
+import espalier.envs
+import gymnasium
+import pytest
+from espalier.envs import Action, ToolCall
+from espalier.envs.check import check_agent_env
+from espalier.envs.coding.datasets import DatasetError, load_tasks
+from espalier.envs.coding.env import CodeSandboxEnv
+from espalier.envs.coding.families import generate, value_of
+from espalier.envs.coding.functions import FUNCTIONS
+from espalier.envs.coding.task import CodeTask
+from espalier.envs.core import EnvFailure
+from espalier.envs.sandbox import Box, BoxError
+
+TASK = CodeTask(
+    "one",
+    "Repair double in work.py.",
+    files={"work.py": "def double(x):\n    return x\n", "test_work.py": "from work import double\n\n\ndef test_it():\n    assert double(2) == 4\n"},
+    tests={"test_hidden.py": "from work import double\n\n\ndef test_a():\n    assert double(3) == 6\n\n\ndef test_b():\n    assert double('ab') == 'abab'\n"},
+)  # fmt: skip
+RIGHT = "def double(x):\n    return x + x\n"
+
+
+@pytest.fixture(scope="module")
+def works() -> None:
+    try:
+        Box().close()
+    except BoxError as error:
+        pytest.skip(f"no box here: {error}")
+
+
+@pytest.fixture
+def env(works: None):
+    made = CodeSandboxEnv([TASK], seconds=10)
+    made.reset(seed=0)
+    yield made
+    made.close()
+
+
+def do(env: CodeSandboxEnv, name: str, **arguments: object):
+    observation, reward, terminated, truncated, info = env.step(Action("", (ToolCall(name, arguments),)))
+    return observation.messages[0]["content"], reward, terminated or truncated, info
+
+
+def test_the_contract_holds(works: None) -> None:
+    assert espalier.envs.CODE_SANDBOX in gymnasium.registry
+    passed = check_agent_env(lambda: gymnasium.make("espalier/CodeSandbox-v0", tasks="generated", count=20), episodes=2)
+    assert {"seeding_again", "rollback_future", "branch_apart"} <= set(passed)
+
+
+def test_a_repair_is_rewarded_when_all_hidden_tests_pass(env: CodeSandboxEnv) -> None:
+    assert "test_it: failed" in do(env, "run_tests")[0]
+    assert do(env, "edit_file", path="work.py", old="return x", new="return 2 * x")[0] == "replaced"
+    assert do(env, "run_tests")[0] == "test_it: passed\n1 of 1 passed"
+    assert do(env, "submit")[1:3] == (1.0, True)
+
+
+def test_half_a_repair_is_none(env: CodeSandboxEnv) -> None:
+    do(
+        env,
+        "write_file",
+        path="work.py",
+        content="def double(x):\n    return int(x) * 2 if isinstance(x, int) else ''\n",
+    )
+    _, reward, over, info = do(env, "submit")
+    assert (reward, over, info["tests"], info["soft"]) == (0.0, True, (1, 2), 0.5)
+
+
+def test_an_episode_that_changes_nothing_scores_nothing(env: CodeSandboxEnv) -> None:
+    assert env.step(Action("I give up."))[1:3] == (0.0, True)
+    with pytest.raises(RuntimeError, match="over"):
+        env.step(Action())
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "open('conftest.py', 'w').write('import pytest\\n@pytest.hookimpl(tryfirst=True)\\ndef pytest_runtest_call(item): pytest.skip()')",
+        "open('pytest.py', 'w').write('def main(*a, **k): return 0')",
+        "open('pytest.ini', 'w').write('[pytest]\\naddopts = --collect-only')",
+        "import os; os.makedirs('/tmp/hidden-tests', exist_ok=True); open('/tmp/hidden-tests/conftest.py', 'w').write('raise SystemExit(0)')",
+        "import os; os.symlink('/workspace', '/tmp/hidden-tests')",
+        "open('work.py', 'w').write('import os; os._exit(0)')",
+        "open('work.py', 'w').write('raise SystemExit(0)')",
+        "import subprocess; subprocess.Popen('while true; do rm -f /tmp/hidden-tests/*; done', shell=True); 0",
+        "import pytest; pytest.main = lambda *a, **k: 0",
+        "open('work.py', 'w').write('while True: pass')",
+    ],
+)
+def test_what_is_not_a_repair_earns_nothing(works: None, attack: str) -> None:
+    env = CodeSandboxEnv([TASK], seconds=4)
+    try:
+        env.reset(seed=0)
+        do(env, "python", code=attack)
+        assert do(env, "submit")[1] == 0.0
+        env.reset(seed=0)  # and the next episode is untouched
+        do(env, "write_file", path="work.py", content=RIGHT)
+        assert do(env, "submit")[1] == 1.0
+    finally:
+        env.close()
+
+
+def test_hidden_tests_are_nowhere_while_the_agent_works(env: CodeSandboxEnv) -> None:
+    found = do(
+        env,
+        "shell",
+        command="grep -rl 'def test_b' / --include=*.py -s | grep -v -e /usr/ -e site-packages -e /lib/; ls /tmp",
+    )
+    assert "test_hidden" not in found[0] and "hidden-tests" not in found[0]
+
+
+def test_the_same_episode_with_and_without_rollbacks_between(works: None) -> None:
+    calls = [
+        ("shell", {"command": "echo 1 > n; cat n"}),
+        ("python", {"code": "import random; random.seed(1); x = [random.random()]; x"}),
+        ("edit_file", {"path": "work.py", "old": "return x", "new": "return x * 2"}),
+        ("python", {"code": "x.append(random.random()); x"}),
+        ("run_tests", {}),
+        ("submit", {}),
+    ]
+    records = []
+    for detours in (False, True):
+        env = CodeSandboxEnv([TASK], seconds=10)
+        env.reset(seed=0)
+        record = []
+        for name, arguments in calls:
+            if detours:
+                here, digest = env.snapshot(), env.state_digest()
+                do(env, "shell", command="rm -rf *; echo spoiled > work.py")
+                do(env, "python", code="x = None; import os; os.chdir('/tmp')")
+                env.rollback(here)
+                assert env.state_digest() == digest
+            record.append(do(env, name, **arguments))
+        records.append((record, env.state_digest()))
+        env.close()
+    assert records[0] == records[1]
+    assert records[0][0][-1][1] == 1.0
+
+
+def test_a_state_that_cannot_be_kept_is_a_typed_failure(env: CodeSandboxEnv) -> None:
+    do(env, "shell", command="sleep 60 & true")
+    with pytest.raises(EnvFailure, match="snapshot_incomplete"):
+        env.snapshot()
+
+
+def test_mistakes_are_told_so_that_they_can_be_mended(env: CodeSandboxEnv) -> None:
+    assert '"not_found"' in do(env, "read_file", path="missing.py")[0]
+    assert '"ambiguous"' in do(env, "edit_file", path="work.py", old="x", new="y")[0]
+    assert '"not_found"' in do(env, "edit_file", path="work.py", old="zzz", new="y")[0]
+    assert '"is_a_folder"' in do(env, "read_file", path=".")[0]
+    assert "exit status 3" in do(env, "shell", command="exit 3")[0]
+    assert do(env, "list_files")[0].splitlines()[0].startswith("test_work.py")
+
+
+def test_every_mistake_of_the_table_is_one_and_every_task_can_be_solved() -> None:
+    import random
+
+    for function in FUNCTIONS:
+        rng = random.Random(0)
+        inputs = [function.draw(rng) for _ in range(200)]
+        for right, wrong in function.mistakes:
+            bad = function.source.replace(right, wrong)
+            assert bad != function.source
+            assert any(value_of(bad, "NAME", a) != value_of(function.source, "NAME", a) for a in inputs), (right, wrong)
+    for split in ("train", "test"):
+        for number in range(60):
+            task = generate(split, 0, number)
+            assert task == generate(split, 0, number) and task.files and task.tests
+    names = [
+        {t.instruction.split(" in ")[0] for n in range(200) for t in [generate(s, 0, n)]} for s in ("train", "test")
+    ]
+    assert not names[0] & names[1]
+
+
+def test_generated_tasks_are_solved_by_a_correct_text(works: None) -> None:
+    env = CodeSandboxEnv("generated", count=12, split="test")
+    try:
+        for task in env.tasks:
+            env.reset(options={"task": task})
+            module = next(name for name in task.files if not name.startswith("test_"))
+            name = task.files[f"test_{module}"].split("import ")[1].split("\n")[0]
+            function = next(f for f in FUNCTIONS if name.endswith(f.stem))
+            do(env, "write_file", path=module, content=function.source.replace("NAME", name))
+            assert do(env, "submit")[1] == 1.0, task.id
+            env.reset(options={"task": task})
+            assert do(env, "submit")[1] == 0.0, task.id
+    finally:
+        env.close()
+
+
+def test_folders_of_ones_own(works: None, tmp_path) -> None:
+    folder = tmp_path / "tasks" / "first"
+    for name in ("workspace", "tests"):
+        (folder / name).mkdir(parents=True)
+    (folder / "instruction.md").write_text("Repair double.\n")
+    (folder / "workspace" / "work.py").write_text("def double(x):\n    return x\n")
+    (folder / "tests" / "test_it.py").write_text(
+        "from work import double\n\n\ndef test_it():\n    assert double(2) == 4\n"
+    )
+    (task,) = load_tasks(tmp_path / "tasks", split="all", seed=0, count=9)
+    env = CodeSandboxEnv([task])
+    env.reset(seed=0)
+    do(env, "write_file", path="work.py", content=RIGHT)
+    assert do(env, "submit")[1] == 1.0
+    env.close()
+    assert (folder / "workspace" / "work.py").read_text() == "def double(x):\n    return x\n"
+    (folder / "tests" / "test_it.py").unlink()
+    with pytest.raises(DatasetError, match="first has no test_"):
+        load_tasks(tmp_path / "tasks", split="all", seed=0, count=9)
+    with pytest.raises(DatasetError, match="neither"):
+        load_tasks(tmp_path / "none", split="all", seed=0, count=9)
