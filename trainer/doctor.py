@@ -21,6 +21,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from ..envs.sandbox.survey import survey
 from ..rollouts.samplers.vllm_limits import INSTALL_VLLM
 
 Status = Literal["ok", "warn", "bad"]
@@ -55,7 +56,7 @@ def examine(folder: Path) -> list[Finding]:
         _memory(),
         _disk(folder),
         _libreoffice(),
-        _namespaces(),
+        *_sandbox(),
     ]
 
 
@@ -184,15 +185,19 @@ def _libreoffice() -> Finding:
     return Finding("LibreOffice", "ok", said.splitlines()[0][:80])
 
 
-def _namespaces() -> Finding:
-    """What isolates `code_interpreter` from the network."""
-    if platform.system() != "Linux" or shutil.which("unshare") is None:
-        return Finding("namespaces", "warn", "none here: code_interpreter is not offered", "Linux with util-linux")
-    said = _run("unshare", "--user", "--map-root-user", "--net", "--pid", "--fork", "true")
-    if said:
+def _sandbox() -> Iterator[Finding]:
+    """What this kernel allows a box, and the mode that is left; see docs/sandbox.md for what each loses."""
+    found = survey()
+    if found.mode == "full":
+        yield Finding("sandbox", "ok", "full: files and interpreter roll back, namespaces isolate")
+    else:
         mend = "sysctl -w kernel.unprivileged_userns_clone=1 (or kernel.apparmor_restrict_unprivileged_userns=0)"
-        return Finding("namespaces", "warn", f"refused ({said.splitlines()[0][:80]}): no code_interpreter", mend)
-    return Finding("namespaces", "ok", "user, network and process namespaces")
+        if platform.system() != "Linux":
+            mend = "Linux 5.14 or later"
+        yield Finding("sandbox", "warn", f"copy only, without isolation ({found.why_not[:120]})", mend)
+    for name in ("user_namespaces", "overlay", "landlock", "cgroup", "criu"):
+        if detail := getattr(found, name):
+            yield Finding(f"sandbox: {name.replace('_', ' ')}", "ok", detail)
 
 
 def _run(*command: str) -> str:

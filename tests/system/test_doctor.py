@@ -3,6 +3,7 @@ import stat
 import sys
 
 import pytest
+from espalier.envs.sandbox.survey import Survey
 from espalier.trainer import doctor
 from espalier.trainer.display import show_findings
 from espalier.trainer.doctor import Finding, check_requirement, examine
@@ -12,7 +13,7 @@ from rich.console import Console
 
 def test_this_machine_is_examined_without_a_traceback(tmp_path):
     found = {finding.name: finding for finding in examine(tmp_path)}
-    assert {"python", "torch", "trl", "torch build", "memory", "disk", "LibreOffice", "namespaces"} <= set(found)
+    assert {"python", "torch", "trl", "torch build", "memory", "disk", "LibreOffice", "sandbox"} <= set(found)
     assert found["python"].status == "ok" and found["trl"].status == "ok"
     assert all(finding.mend for finding in found.values() if finding.status == "bad")
 
@@ -60,10 +61,12 @@ def test_a_folder_that_is_not_there_yet_is_judged_by_its_parent(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="namespaces are Linux's")
-def test_refused_namespaces_are_said(program):
-    program("unshare", "echo 'unshare failed: Operation not permitted' >&2; exit 1")
-    finding = doctor._namespaces()
+def test_refused_namespaces_are_said(monkeypatch):
+    refused = Survey("copy", "unshare: Operation not permitted", "", "at most 0", "version 7", "version 2", "")
+    monkeypatch.setattr(doctor, "survey", lambda: refused)
+    finding, *rest = doctor._sandbox()
     assert finding.status == "warn" and "Operation not permitted" in finding.detail and "sysctl" in finding.mend
+    assert [f.name for f in rest] == ["sandbox: user namespaces", "sandbox: landlock", "sandbox: cgroup"]
 
 
 def test_the_table_shows_the_mend_below_what_is_wrong():
