@@ -118,7 +118,7 @@ class Rollbackable(Protocol):
     def rollback(self, snapshot: Snapshot) -> None:
         """Return to `snapshot`. Raises `EnvFailure("foreign_snapshot")` when it is not this environment's."""
 
-    def branch(self, snapshot: Snapshot) -> AgentEnv:
+    def branch(self, snapshot: Snapshot) -> gymnasium.Env[Any, Any]:
         """A second environment that continues from `snapshot`; neither sees the other's later changes."""
 
 
@@ -134,13 +134,17 @@ Capability = Literal["rollback", "digest"]
 
 
 def capabilities(env: gymnasium.Env[Any, Any]) -> frozenset[Capability]:
-    """What `env` can do beyond the contract, looked for behind wrappers."""
-    base = env.unwrapped
+    """What `env` can do beyond the contract: it, or what it wraps. A plain Gymnasium environment gets snapshots from
+    `copied.SnapshotByCopy`, which says why where it cannot.
+    """
     found: set[Capability] = set()
-    if isinstance(base, Rollbackable):
-        found.add("rollback")
-    if isinstance(base, Digestible):
-        found.add("digest")
+    layer: gymnasium.Env[Any, Any] | None = env
+    while layer is not None:
+        if isinstance(layer, Rollbackable):
+            found.add("rollback")
+        if isinstance(layer, Digestible):
+            found.add("digest")
+        layer = layer.env if isinstance(layer, gymnasium.Wrapper) else None
     return frozenset(found)
 
 
