@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -120,7 +121,7 @@ def operations(folder: Path, count: int) -> dict[str, list[float]]:
             found["memory_mb"].append(stats["snapshot_bytes"] / max(stats["snapshots"] - 1, 1) / 1e6)
             while len(found["cold"]) < count // 2:
                 here = rng.choice(kept)
-                spent, warm = timed(lambda here=here: box.rollback(here))
+                spent, warm = timed(partial(box.rollback, here))
                 if not warm:
                     found["cold"].append(spent)
                 box.python(STEP)
@@ -128,7 +129,7 @@ def operations(folder: Path, count: int) -> dict[str, list[float]]:
             for _ in range(count // 4):
                 here = rng.choice(kept)
                 box.prepare(here)
-                spent, warm = timed(lambda here=here: box.rollback(here))
+                spent, warm = timed(partial(box.rollback, here))
                 if warm:
                     found["warm"].append(spent)
                 box.python(STEP)
@@ -163,7 +164,7 @@ def bare(folder: Path, count: int) -> dict[str, list[float]]:
             made = box.snapshot()
             found["snapshot"].append(made.pause_us / 1e3)
             box.python(BARE_STEP)
-            found["rollback"].append(timed(lambda made=made: box.rollback(made))[0])
+            found["rollback"].append(timed(partial(box.rollback, made))[0])
     return found
 
 
@@ -184,7 +185,7 @@ def by_depth(folder: Path, depth: int) -> list[float]:
         here = box.snapshot()
         for _ in range(depth):
             time.sleep(0.03)  # as short as a model ever thinks; the box does its chores then
-            back = timed(lambda here=here: box.rollback(here))[0]
+            back = timed(partial(box.rollback, here))[0]
             box.python(STEP)
             here = box.snapshot()
             found.append(back + here.pause_us / 1e3)
@@ -205,7 +206,7 @@ def copying(folder: Path, rounds: int) -> dict[str, float]:
         for name, way in ways.items():
             with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as to:
                 try:
-                    found[name].append(timed(lambda way=way, to=to: way(Path(to) / "copy"))[0])
+                    found[name].append(timed(partial(way, Path(to) / "copy"))[0])
                 except subprocess.CalledProcessError:  # this file system has no reflinks
                     continue
         found["restart"].append(timed(lambda: subprocess.run([sys.executable, "-c", MODULES], check=True))[0])
@@ -307,7 +308,7 @@ def reckon(found: dict[str, Any]) -> dict[str, float]:
     figures["copy_ms"], figures["restart_ms"] = fastest, found["copying"]["restart"]
     figures["vs_copy_restart"] = (fastest + found["copying"]["restart"]) / figures["cold_ms_p50"]
     figures["depth100_ratio"] = median(depth[-10:]) / median(depth[: min(10, len(depth) // 2)])
-    return figures | found["search"]
+    return {**figures, **found["search"]}
 
 
 GOALS = (
