@@ -19,12 +19,18 @@ NETWORK = ("/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf")
 DEVICES = ("null", "zero", "full", "random", "urandom")
 
 
-def build(room: Path, workspace: int, prefixes: tuple[str, ...], network: bool, size: str, guest: int) -> None:
+def build(
+    room: Path, workspace: int, prefixes: tuple[str, ...], network: bool, size: str, guest: int
+) -> tuple[tuple[int, str], ...]:
     """Mount a memory-backed file system over `room` and build in it `root` (what guests see) and `layers/base`.
 
     `workspace`: descriptor of the user's folder (-1: an empty one). `size`: options of the memory-backed file system
-    that holds all layers.
+    that holds all layers. Gives the folders that a volume hides from guests, and that are to be shown on top of it: a
+    descriptor and the place of each. Raises `OSError`.
     """
+    for path in prefixes:
+        if f"{path}/".startswith("/workspace/"):
+            raise OSError(22, f"{path} must be visible, but in a box /workspace is the agent's: use a Python elsewhere")
     wanted = dict.fromkeys((*SYSTEM, *(NETWORK if network else ()), *prefixes))
     sources = {path: _opened(path) for path in (*wanted, *(f"/dev/{name}" for name in DEVICES))}
     kernel.mount("none", "/", None, kernel.RECURSIVE | kernel.PRIVATE)
@@ -36,7 +42,7 @@ def build(room: Path, workspace: int, prefixes: tuple[str, ...], network: bool, 
         if fd >= 0:
             _bind(path, fd, root, writable=path.startswith("/dev/"))
     for name in ("workspace", "tmp", "proc"):
-        (root / name).mkdir()
+        (root / name).mkdir(exist_ok=True)
         (base / name).mkdir(parents=True)
     (base / "proc").rmdir()
     _names(root, guest)
@@ -49,6 +55,10 @@ def build(room: Path, workspace: int, prefixes: tuple[str, ...], network: bool, 
         _attach_workspace(workspace, base / "workspace")
     else:
         os.chown(base / "workspace", guest, guest)
+    hidden = [path for path, fd in sources.items() if fd >= 0 and path.startswith("/tmp/")]
+    for path in hidden:
+        (base / path[1:]).mkdir(parents=True, exist_ok=True)
+    return tuple((os.open(root / path[1:], os.O_PATH | os.O_CLOEXEC), path) for path in hidden)
 
 
 def _attach_workspace(fd: int, target: Path) -> None:

@@ -77,6 +77,7 @@ class Home:
     namespace: int
     room: Path
     guest: int
+    hidden: tuple[tuple[int, str], ...] = ()  # folders that a volume hides, and where guests see them all the same
 
 
 def start(
@@ -321,14 +322,20 @@ def _attach(home: Home, guest: Guest, mounted: Mounted) -> None:
     """Show a guest these layers, in its own mount namespace."""
     if not mounted:
         return
+    hidden = [(kernel.clone_mount(fd), path) for fd, path in home.hidden] if "tmp" in mounted else []
     try:
         kernel.setns(guest.namespace, kernel.NEW_MOUNT)
         for name, mount in mounted.items():
             with contextlib.suppress(OSError):  # nothing is there yet
                 kernel.unmount(VOLUMES[name])
             kernel.attach(mount.fd, VOLUMES[name])
+        for fd, path in hidden:
+            with contextlib.suppress(OSError):  # the guest took the place away
+                kernel.attach(fd, path)
     finally:
         kernel.setns(home.namespace, kernel.NEW_MOUNT)
+        for fd, _ in hidden:
+            os.close(fd)
 
 
 def _namespace(pid: int) -> int:

@@ -153,6 +153,11 @@ def clone_tree(path: str) -> int:
     return syscall(OPEN_TREE, _AT_FDCWD, os.fsencode(path), 1 | _CLOEXEC, name=f"open_tree {path}")
 
 
+def clone_mount(fd: int) -> int:
+    """A detached copy of the mount behind `fd`, with what is mounted below it."""
+    return syscall(OPEN_TREE, fd, b"", 1 | _CLOEXEC | _EMPTY_PATH | 0x8000, name="open_tree")  # AT_RECURSIVE
+
+
 def read_only_owned_by(fd: int, users: int) -> None:
     """Make the detached mount `fd` read-only, its owners mapped as the user namespace `users` says."""
     wanted = struct.pack("QQQQ", 0x00100000 | 0x1, 0, 0, users)  # MOUNT_ATTR_IDMAP | MOUNT_ATTR_RDONLY

@@ -67,10 +67,10 @@ class Supervisor:
     def __init__(self, config: dict[str, Any], control: socket.socket, owner: int, workspace: int) -> None:
         room, limits = Path("/tmp"), config["limits"]
         size = f"size={limits['files']},nr_inodes={limits['inodes']}"
-        guestroot.build(room, workspace, tuple(config["visible"]), config["network"], size, GUEST)
+        hidden = guestroot.build(room, workspace, tuple(config["visible"]), config["network"], size, GUEST)
         # this process's own /proc: numbers of this box
         kernel.mount("proc", "/proc", "proc", kernel.NO_SUID | kernel.NO_DEV | kernel.NO_EXEC)
-        home = guests.Home(os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC), room, GUEST)
+        home = guests.Home(os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC), room, GUEST, hidden)
         layers = Layers(room / "layers")
         self.tree = Tree(home, layers, limits)
         guest, listener = guests.start(home, layers, config["command"], config["environment"], _rlimits(limits))

@@ -142,7 +142,7 @@ def _freeze_plain(connection: socket.socket, other: int, fork: Fork) -> tuple[so
         connection.close()
         os.setsid()
         kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
-        connection = _template(socket.socket(fileno=other), fork)
+        connection = _template(_socket(other), fork)
         return connection, carry.again(carried)
     connection.send(DONE)
     os.close(other)
@@ -162,7 +162,7 @@ def _freeze(connection: socket.socket, other: int, fork: Fork) -> socket.socket:
         return connection
     if fork() == 0:
         connection.close()
-        connection = socket.socket(fileno=other)
+        connection = _socket(other)
         os.setsid()
         try:
             carry.settle(carried)
@@ -185,6 +185,11 @@ def _freeze(connection: socket.socket, other: int, fork: Fork) -> socket.socket:
     return connection
 
 
+def _socket(fd: int) -> socket.socket:
+    """The socket behind a descriptor; its kind is said, since finding it out takes three more system calls."""
+    return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
+
+
 def _template(connection: socket.socket, fork: Fork) -> socket.socket:
     """The frozen copy's life: forks on request, and nothing else. Returns in a fork, in a mount namespace of its own,
     with the fork's socket.
@@ -194,7 +199,7 @@ def _template(connection: socket.socket, fork: Fork) -> socket.socket:
             message, fds = receive(connection)
             if fork() == 0:
                 connection.close()
-                connection = socket.socket(fileno=fds[0])
+                connection = _socket(fds[0])
                 if message["op"] == FORK:
                     os.setsid()
                     kernel.unshare(kernel.NEW_MOUNT)

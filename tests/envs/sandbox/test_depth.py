@@ -17,7 +17,8 @@ WALK = """
 import os, hashlib
 def digest(top):
     h = hashlib.sha256()
-    for folder, names, files in sorted(os.walk(top)):
+    for folder, names, files in os.walk(top):
+        names[:] = sorted(n for n in names if not os.path.ismount(os.path.join(folder, n)))  # this Python, perhaps
         for name in sorted([*names, *files]):
             path = os.path.join(folder, name)
             s = os.lstat(path)
