@@ -116,7 +116,7 @@ class AsyncBox:
     async def _exchange(self, message: Mapping[str, Any] | None, handed: Sequence[int]) -> dict[str, Any]:
         loop, connection = asyncio.get_running_loop(), self._box._connection
         if message is not None:
-            data = encode(message)
+            data = encode(self._box._family.with_dropped(message))
             if handed:
                 data = data[socket.send_fds(connection, [data], list(handed)) :]
             await loop.sock_sendall(connection, data)

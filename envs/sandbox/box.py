@@ -142,6 +142,13 @@ class _Family:
         self.connections: set[socket.socket] = set()
         self.end = weakref.finalize(self, _abandon, process, groups, self.connections)
 
+    def with_dropped(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A request that also says which snapshots nobody has a handle to any more."""
+        if not self.dropped:
+            return message
+        gone = [self.dropped.popleft() for _ in range(len(self.dropped))]
+        return {**message, "unwanted": [number for number in gone if not self.handles[number]]}
+
 
 def _abandon(process: subprocess.Popen[bytes], groups: list[str], connections: set[socket.socket]) -> None:
     for connection in connections:
@@ -330,10 +337,6 @@ class Box:
         return snapshot.number
 
     def _ask(self, message: Mapping[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
-        if self._family.dropped and message["op"] != "drop":
-            gone = [self._family.dropped.popleft() for _ in range(len(self._family.dropped))]
-            numbers = [number for number in gone if not self._family.handles[number]]
-            self._ask({"op": "drop", "snapshots": numbers})
         self._send(message, fds)
         return self._reply()
 
@@ -341,7 +344,7 @@ class Box:
         if self._closed:
             raise BoxError("closed", "the box is closed")
         try:
-            send(self._connection, message, fds)
+            send(self._connection, self._family.with_dropped(message), fds)
         except WireError as error:
             self.close()
             raise BoxError("box_gone", f"the box is gone: {error}") from error

@@ -31,18 +31,26 @@ def main(text: str) -> int:
         child = os.fork()
         if child == 0:
             kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
-            serve(config, control, owner, base)
-            os._exit(0)
+            return _serve(config, control, owner, base)
     except Exception as error:
-        _say(control, error)
+        _say(control, "not_isolated", error)
         return 1
     control.close()
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 0xFF
 
 
-def _say(control: socket.socket, error: Exception) -> None:
+def _serve(config: dict[str, Any], control: socket.socket, owner: int, base: int) -> int:
+    try:
+        serve(config, control, owner, base)
+    except Exception as error:
+        _say(control, "box_failed", error)
+        return 1
+    return 0
+
+
+def _say(control: socket.socket, code: str, error: Exception) -> None:
     detail = str(error) if isinstance(error, OSError) else "".join(traceback.format_exception(error))[-2000:]
-    send(control, {"error": "not_isolated", "message": detail})
+    send(control, {"error": code, "message": detail})
 
 
 def _enter(config: dict[str, Any]) -> int:

@@ -75,8 +75,9 @@ class Layers:
             if self._users[layer] <= 0:
                 del self._users[layer]
                 self._doomed.append(layer)
-        for stack in [s for s in self._merged if s[-1] not in self._users]:
-            self.release([(self._merged.pop(stack),)])
+        stale = [self._merged.pop(s) for s in list(self._merged) if s[-1] not in self._users]
+        if stale:
+            self.release([tuple(stale)])
 
     def mount(self, stacks: Stacks) -> Mounted:
         """A fresh layer on each of `stacks`, held together with it, and its mount (not attached anywhere yet)."""

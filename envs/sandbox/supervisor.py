@@ -91,10 +91,15 @@ class Supervisor:
                 if key.fd in self.selector.get_map():
                     key.data(key.fd)
             self.calls.look_after()
-            _reap()
+            self._reap()
             if not events:
                 with contextlib.suppress(OSError, guests.GuestGone):  # no room, say: who needs it done will be told
                     self._chore()
+
+    def _reap(self) -> None:
+        with contextlib.suppress(ChildProcessError):
+            while pid := os.waitpid(-1, os.WNOHANG)[0]:
+                self.tree.dying.discard(pid)
 
     def _chore(self) -> None:
         seat = self._not_looked()
@@ -137,6 +142,7 @@ class Supervisor:
             self._tell(seat, reply)
 
     def _answer(self, seat: Seat, message: dict[str, Any], fds: list[int]) -> dict[str, Any] | None:
+        self.tree.let_go(message.get("unwanted", ()))
         handler = self._HANDLERS.get(str(message.get("op")))
         try:
             if handler is None:
@@ -299,12 +305,6 @@ class Supervisor:
         "branch": _make_branch, "drop": _drop, "prepare": _prepare, "restart": _restart, "stats": _stats,
         "read_file": _file, "write_file": _file, "list": _file,
     }  # fmt: skip
-
-
-def _reap() -> None:
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
 
 
 def _rlimits(limits: dict[str, Any]) -> list[tuple[int, int]]:

@@ -7,6 +7,7 @@ what nobody waits for (spares, merging, measuring, deleting) is done by `chore`,
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,9 @@ from .layers import Layers
 
 PRISTINE = 0
 """The number of the first snapshot: a fresh interpreter on the user's files."""
+
+MOST_UNWANTED = 64
+"""Snapshots without a handle that may wait for spare time to go."""
 
 RENEW_ABOVE = 10
 """Forks in a row before a frozen copy gets pages of its own."""
@@ -28,19 +32,22 @@ class Tree:
         self.home, self.layers, self.limits = home, layers, limits
         self.templates: dict[int, Template] = {}
         self.live: set[int] = set()
+        self.dying: set[int] = set()  # killed, and not reaped yet
         self._next = PRISTINE
         self._wanted: list[int] = []
         self._unmeasured: list[int] = []
+        self._unwanted: list[int] = []
 
     def pids(self) -> set[int]:
-        """Guests, spares and frozen copies."""
+        """Guests, spares and frozen copies, those included that are just ending."""
         spares = {t.spare.pid for t in self.templates.values() if t.spare is not None}
-        return {t.pid for t in self.templates.values()} | self.live | spares
+        return {t.pid for t in self.templates.values()} | self.live | self.dying | spares
 
     def add(self, guest: Guest, plain: bool) -> Template:
         """Freeze a guest. Raises `Refused`, `NotPlain`, `GuestGone`, `OSError`."""
         template = guests.freeze(self.home, self.layers, guest, self._next, plain)
         if template.refused:
+            self.dying.add(template.pid)
             guests.end_template(self.layers, template, self.pids())
             raise guests.Refused(template.refused)
         self._next += 1
@@ -53,8 +60,15 @@ class Tree:
         template = self.templates.pop(number, None) if number != PRISTINE else None
         if template is None:
             return False
+        self.dying.add(template.pid)
         guests.end_template(self.layers, template, self.pids())
         return True
+
+    def let_go(self, numbers: Iterable[int]) -> None:
+        """Nobody has a handle to these any more: they go in spare time, and at once where that does not come."""
+        self._unwanted += numbers
+        while len(self._unwanted) > MOST_UNWANTED:
+            self.remove(self._unwanted.pop(0))
 
     def touch(self, template: Template) -> None:
         """It is gone back to: worth keeping, and, the second time, a copy that stands ready."""
@@ -88,6 +102,7 @@ class Tree:
     def end(self, guest: Guest) -> None:
         """A live guest, and all that its branch runs, ends."""
         self.live.discard(guest.pid)
+        self.dying.add(guest.pid)
         guests.end(self.layers, guest, self.pids())
 
     def prepare(self, template: Template) -> None:
@@ -105,7 +120,7 @@ class Tree:
     @property
     def chores(self) -> bool:
         """Whether there is work that nobody waits for."""
-        return bool(self._wanted or self._unmeasured or self.layers.chores)
+        return bool(self._wanted or self._unmeasured or self._unwanted or self.layers.chores)
 
     def chore(self, in_use: set[int | None]) -> None:
         """One piece of it. `in_use`: snapshots that seats stand at. Raises `GuestGone`, `OSError`."""
@@ -117,9 +132,13 @@ class Tree:
             template = self.templates.get(self._unmeasured.pop())
             if template is not None:
                 if template.lineage > RENEW_ABOVE:
+                    self.dying.add(template.pid)
                     guests.renew(template)
+                    self.dying.discard(template.pid)
                 template.cost = guests.private_bytes(template.pid)
             self._make_room(in_use)
+        elif self._unwanted:
+            self.remove(self._unwanted.pop(0))
         else:
             self.layers.chore()
 
