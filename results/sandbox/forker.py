@@ -16,7 +16,11 @@ exec(modules, space)  # noqa: S102  (the measuring script's own text)
 kept: deque[int] = deque()
 print("ready", flush=True)
 for _line in sys.stdin:
+    if len(kept) == keep:
+        os.kill(kept[0], signal.SIGKILL)
+        os.waitpid(kept.popleft(), 0)
     exec(step, space)  # noqa: S102
+    time.sleep(0.02)
     started = time.perf_counter()
     child = os.fork()
     if child == 0:
@@ -24,8 +28,5 @@ for _line in sys.stdin:
         os._exit(0)
     print((time.perf_counter() - started) * 1e3, flush=True)
     kept.append(child)
-    if len(kept) > keep:
-        os.kill(kept[0], signal.SIGKILL)
-        os.waitpid(kept.popleft(), 0)
 for child in kept:
     os.kill(child, signal.SIGKILL)

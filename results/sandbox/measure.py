@@ -1,6 +1,7 @@
 """The sandbox: what a snapshot and a rollback cost, next to fork() and to copying in the same run.
 
-Always true: fork() is measured in a process with the same modules that does the same steps, in turns with the box; a
+Always true: 20 ms pass between a step and what is timed after it, for all contenders alike (a model thinks for longer);
+fork() is measured in a process with the same modules that does the same steps, in turns with the box; a
 rollback counts as cold when the box says that no copy stood ready; a step is a light one (three small files written, a
 small DataFrame made); scheduling is the system's ordinary one.
 """
@@ -32,6 +33,7 @@ WRITES = "for _k in range(3): open(f'/workspace/made{_k}', 'w').write('x' * 100)
 STEP = WRITES + "frame = pd.DataFrame({'a': np.arange(100), 'b': np.random.random(100)}); total = float(frame.b.sum())"
 BARE_STEP = WRITES + "total = sum(range(100))"
 THINK_MS = (0, 10, 50)
+SETTLE_S = 0.02
 KEPT = 100
 LIMITS = Limits(memory="4G", snapshots=1000, snapshot_memory="8G", seconds=60)
 
@@ -111,6 +113,7 @@ def operations(folder: Path, count: int) -> dict[str, list[float]]:
             kept: deque[BoxSnapshot] = deque(maxlen=KEPT)
             for _ in range(count):
                 box.python(STEP)
+                time.sleep(SETTLE_S)
                 wait, made = timed(lambda: box.snapshot(wait=False))
                 _ = made.number
                 found["wait"].append(wait)
@@ -121,6 +124,7 @@ def operations(folder: Path, count: int) -> dict[str, list[float]]:
             found["memory_mb"].append(stats["snapshot_bytes"] / max(stats["snapshots"] - 1, 1) / 1e6)
             while len(found["cold"]) < count // 2:
                 here = rng.choice(kept)
+                time.sleep(SETTLE_S)
                 spent, warm = timed(partial(box.rollback, here))
                 if not warm:
                     found["cold"].append(spent)
@@ -129,6 +133,7 @@ def operations(folder: Path, count: int) -> dict[str, list[float]]:
             for _ in range(count // 4):
                 here = rng.choice(kept)
                 box.prepare(here)
+                time.sleep(SETTLE_S)
                 spent, warm = timed(partial(box.rollback, here))
                 if warm:
                     found["warm"].append(spent)
@@ -161,9 +166,11 @@ def bare(folder: Path, count: int) -> dict[str, list[float]]:
     with ready_box(folder, "pass") as box:
         for _ in range(count):
             box.python(BARE_STEP)
+            time.sleep(SETTLE_S)
             made = box.snapshot()
             found["snapshot"].append(made.pause_us / 1e3)
             box.python(BARE_STEP)
+            time.sleep(SETTLE_S)
             found["rollback"].append(timed(partial(box.rollback, made))[0])
     return found
 
