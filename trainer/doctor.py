@@ -193,7 +193,7 @@ def _sandbox() -> Iterator[Finding]:
     else:
         mend = "sysctl -w kernel.unprivileged_userns_clone=1 (or kernel.apparmor_restrict_unprivileged_userns=0)"
         if platform.system() != "Linux":
-            mend = "Linux 5.14 or later"
+            mend = "Linux 6.6 or later"
         yield Finding("sandbox", "warn", f"copy only, without isolation ({found.why_not[:120]})", mend)
     for name in ("user_namespaces", "overlay", "landlock", "cgroup", "criu"):
         if detail := getattr(found, name):

@@ -23,6 +23,7 @@ from .layers import VOLUMES, Layers, Mounted, Stacks
 from .wire import DONE, FORK, FREEZE, NOT_PLAIN, RENEW, WireError, encode, receive, send
 
 HANDSHAKE_SECONDS = 10.0
+MOST_ROUNDS = 1000
 
 
 class Refused(Exception):
@@ -179,13 +180,17 @@ def freeze(home: Home, layers: Layers, guest: Guest, number: int, plain: bool) -
             raise Refused(_reasons(told))
         if not plain and (frozen := _heard(ours)[0]).get("op") != "frozen":
             raise GuestGone("its copy failed: " + "; ".join(_reasons(frozen)))
-        pid = _newborn(before)
-        guest.mounted = {**guest.mounted, **fresh}
+        pid = _newborn(before, guest)
         _attach(home, guest, fresh)
-    except (Refused, NotPlain, GuestGone, OSError):
+    except (Refused, NotPlain, GuestGone):
+        layers.drop(fresh)
+        ours.close()  # a copy that was made ends with it
+        raise
+    except OSError as error:  # it may see a part of its new layers by now
         layers.drop(fresh)
         ours.close()
-        raise
+        raise GuestGone(f"its new layers could not be attached ({error})") from error
+    guest.mounted = {**guest.mounted, **fresh}
     paused = time.perf_counter() - started
     layers.hold(stacks.values())
     template = Template(number, pid, ours, stacks, plain, lineage=guest.lineage + 1, used=time.monotonic())
@@ -249,7 +254,9 @@ def end(layers: Layers, guest: Guest, known: Container[int]) -> None:
     guest.connection.close()
     space, started = namespace_of(guest.pid), started_by(guest.pid, known)
     _kill(guest.pid)
-    while started:  # who forks faster than it is killed is met again, and there are never more than the limit
+    for _ in range(MOST_ROUNDS):  # who forks faster than it is killed is met again
+        if not started:
+            break
         for pid in started:
             _kill(pid)
         started = [pid for pid in others() if pid not in known and space and namespace_of(pid) == space]
@@ -376,9 +383,10 @@ def _told_number(connection: socket.socket) -> int:
     raise GuestGone("the process in the box broke the protocol")
 
 
-def _newborn(before: set[int]) -> int:
-    """The one child that was not there before: a frozen copy, whatever the guest says."""
-    born = [pid for pid in _children_of(1) if pid not in before]
+def _newborn(before: set[int], guest: Guest) -> int:
+    """The one child of the guest's branch that was not there before: a frozen copy, whatever the guest says."""
+    space = namespace_of(guest.pid)
+    born = [pid for pid in _children_of(1) if pid not in before and namespace_of(pid) == space]
     if len(born) != 1:
         raise GuestGone("the process in the box broke the protocol")
     return born[0]

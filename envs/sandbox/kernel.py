@@ -190,6 +190,7 @@ def keep_only_mounting() -> None:
 def let_no_program_inherit() -> None:
     """Programs executed from now on have no capability."""
     prctl(PR_CAP_AMBIENT, AMBIENT_CLEAR_ALL)
+    _capset(1 << CAP_SYS_ADMIN, 1 << CAP_SYS_ADMIN, 0)
 
 
 def _capset(effective: int, permitted: int, inheritable: int) -> None:

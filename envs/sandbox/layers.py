@@ -39,7 +39,7 @@ class Mount:
     layer: int
     stack: Stack
     fd: int
-    made: int  # the layer's change time when nothing had been written
+    untouched: tuple[object, ...]  # how its folder looked when nothing had been written
 
 
 Mounted = dict[str, Mount]
@@ -47,7 +47,10 @@ Mounted = dict[str, Mount]
 
 
 class Layers:
-    """All layers of a box, below `root`, which holds base/VOLUME, upper/VOLUME/NUMBER and work/VOLUME/NUMBER."""
+    """All layers of a box, below `root`, which holds base/VOLUME, upper/VOLUME/NUMBER and work/VOLUME/NUMBER.
+
+    Raises `OSError` where the kernel cannot keep layers.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -59,6 +62,10 @@ class Layers:
         for name in VOLUMES:
             for part in ("upper", "work"):
                 (root / part / name).mkdir(parents=True)
+        try:  # what marks a folder that was removed and made again
+            os.setxattr(root, OPAQUE, b"y")
+        except OSError as error:
+            raise OSError(error.errno, "tmpfs keeps no user attributes here (it does from Linux 6.6 on)") from error
 
     def __len__(self) -> int:
         return len(self._users)
@@ -107,7 +114,7 @@ class Layers:
             self._doomed.append(layer)
             raise
         self.hold([stack, (layer,)])
-        return Mount(layer, stack, fd, os.stat(word).st_ctime_ns)
+        return Mount(layer, stack, fd, _look(word))
 
     def drop(self, mounted: Mounted) -> None:
         """A branch is over, or goes on with other mounts (these live on where somebody uses them)."""
@@ -117,8 +124,7 @@ class Layers:
 
     def changed(self, name: str, mount: Mount) -> bool:
         """Whether anything has been written to the volume through this mount."""
-        upper = self.root / "upper" / name / _word(mount.layer)
-        return os.stat(upper).st_ctime_ns != mount.made
+        return _look(self.root / "upper" / name / _word(mount.layer)) != mount.untouched
 
     def freeze(self, mounted: Mounted) -> None:
         """Make the layers read-only for everybody, by the kernel. Raises `OSError` while anybody could write there."""
@@ -175,6 +181,17 @@ class Layers:
         self._merged[stack] = layer
         self.hold([(layer,)])
         return layer
+
+
+def _look(upper: str | Path) -> tuple[object, ...]:
+    """All that a write anywhere in a layer changes in its topmost folder: an entry, or something of its own. The change
+    time alone would not do: it may be as coarse as a whole step is short.
+    """
+    found = os.stat(upper)
+    with os.scandir(upper) as entries:
+        empty = next(entries, None) is None
+    notes = tuple(key for key in os.listxattr(upper) if not key.startswith("user.overlay."))
+    return empty, found.st_mode, found.st_uid, found.st_gid, found.st_mtime_ns, found.st_ctime_ns, notes
 
 
 def _word(number: int) -> str:

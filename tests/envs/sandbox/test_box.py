@@ -118,6 +118,18 @@ def test_pipes_keep_their_contents_on_both_sides(box: Box) -> None:
         assert box.python("os.write(w, b'!'), os.read(r, 10)").text == "(1, b'cdef!')\n"
 
 
+@pytest.mark.parametrize("broken", ["_own_pipes", "_own_memory"])
+def test_control_without_what_carries_them_a_copy_shares_pipes_and_memory(box: Box, broken: str) -> None:
+    """What the two tests around this one would see if nothing was carried."""
+    box.python("import os, mmap, sys; r, w = os.pipe(); os.write(w, b'abc'); m = mmap.mmap(-1, 4096); m[:1] = b'1'")
+    box.python(f"sys.modules['espalier_box.carry'].{broken} = lambda carried: None")
+    here = box.snapshot()
+    box.python("os.read(r, 10); os.write(w, b'later'); m[:1] = b'2'")
+    box.rollback(here)
+    kept = box.python("os.read(r, 10), m[:1]").text
+    assert kept != "(b'abc', b'1')\n"
+
+
 def test_shared_memory_is_apart_after_a_snapshot(box: Box) -> None:
     box.python("import mmap; m = mmap.mmap(-1, 10000); m[:5] = b'first'")
     box.python("f = open('data', 'w+b'); f.truncate(8192); g = mmap.mmap(f.fileno(), 8192); g[:5] = b'first'")

@@ -61,6 +61,12 @@ def test_even_with_a_mount_namespace_of_its_own_it_can_change_no_mount(box: Box)
     assert box.python("1").text == "1\n"
 
 
+def test_no_program_has_a_capability(box: Box) -> None:
+    again = "import ctypes; print(ctypes.CDLL(None).prctl(47, 2, 21, 0, 0))"  # raise it as ambient
+    assert box.python(again).text == "-1\n"
+    assert set(box.shell("grep Cap /proc/self/status | grep -v Bnd").text.split()[1::2]) == {"0" * 16}
+
+
 def test_frozen_copies_and_siblings_cannot_be_signalled_or_seen(box: Box) -> None:
     box.python("x = 1")
     here = box.snapshot()
