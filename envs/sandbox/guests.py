@@ -64,7 +64,7 @@ class Template:
     plain: bool  # whether there is nothing to carry over but the working directory
     cost: int = 0  # bytes that only it holds
     used: float = 0.0
-    paused: float = 0.0  # seconds that the guest stood still for it
+    ready: float = 0.0  # when the guest could go on after it
     lineage: int = 0
     hot: int = 0  # how often it was gone back to
     spare: Guest | None = None
@@ -163,7 +163,7 @@ def freeze(home: Home, layers: Layers, guest: Guest, number: int, plain: bool) -
     """Leave a frozen copy of `guest`, which goes on in new layers where it had written to its own. Raises `Refused`
     (it goes on as it was), `GuestGone`.
     """
-    connection, started = guest.connection, time.perf_counter()
+    connection = guest.connection
     before = set(_children_of(1))
     ours, theirs = _pair()
     with theirs:
@@ -191,14 +191,14 @@ def freeze(home: Home, layers: Layers, guest: Guest, number: int, plain: bool) -
         ours.close()
         raise GuestGone(f"its new layers could not be attached ({error})") from error
     guest.mounted = {**guest.mounted, **fresh}
-    paused = time.perf_counter() - started
+    ready = time.perf_counter()
     layers.hold(stacks.values())
     template = Template(number, pid, ours, stacks, plain, lineage=guest.lineage + 1, used=time.monotonic())
-    template.paused = paused
+    template.ready = ready
     if not plain:
         _ask(connection, encode({"op": "moved"}))
         told, _ = _heard(connection)
-        template.paused = time.perf_counter() - started
+        template.ready = time.perf_counter()
         if told.get("op") != "ready":
             template.refused = _reasons(told)
     try:

@@ -13,6 +13,7 @@ import os
 import resource
 import selectors
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,6 +195,7 @@ class Supervisor:
     def _snapshot(self, seat: Seat, _message: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
         if seat.at is not None and seat.at in self.tree.templates:
             return {"snapshot": seat.at, "same": 1}
+        asked = time.perf_counter()
         try:
             template = self._freeze(seat)
         except guests.Refused as refused:
@@ -202,7 +204,7 @@ class Supervisor:
             self._restart_from(seat, self.tree.templates[PRISTINE])
             raise
         seat.at = template.number
-        return {"snapshot": template.number, "pause_us": round(template.paused * 1e6)}
+        return {"snapshot": template.number, "pause_us": round((template.ready - asked) * 1e6)}
 
     def _freeze(self, seat: Seat) -> guests.Template:
         if seat.plain is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from pathlib import Path
 
@@ -201,6 +202,22 @@ def test_an_interpreter_that_cannot_be_interrupted_is_replaced_and_files_stay(bo
     crash = box.python("import os; os._exit(3)")
     assert (crash.stopped, crash.restarted) == ("crash", True)
     assert box.python("open('kept').read()").text == "'1'\n"
+
+
+def test_processor_time_is_bounded_whatever_the_clock_says(boxes_work: None, workspace: Path) -> None:
+    with Box(workspace, Limits(cpu_seconds=1, seconds=60)) as box:
+        assert box.python("while True: pass").stopped == "cpu"
+        assert box.shell("while true; do :; done").stopped == "cpu"
+        assert box.python("1 + 1").text == "2\n"
+
+
+def test_a_network_is_there_only_when_asked_for(boxes_work: None, workspace: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        ask = f"import socket; socket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 5).close()"
+        with Box(workspace, network=True) as box:
+            assert box.python(ask).status == 0
+        with Box(workspace) as box:
+            assert "Error" in box.python(ask).text
 
 
 def test_output_is_bounded(boxes_work: None, workspace: Path) -> None:
