@@ -31,7 +31,7 @@ def build(
     for path in prefixes:
         if f"{path}/".startswith("/workspace/"):
             raise OSError(22, f"{path} must be visible, but in a box /workspace is the agent's: use a Python elsewhere")
-    wanted = dict.fromkeys((*SYSTEM, *(NETWORK if network else ()), *prefixes))
+    wanted = dict.fromkeys((*SYSTEM, *(NETWORK if network else ()), *_outermost(prefixes)))
     sources = {path: _opened(path) for path in (*wanted, *(f"/dev/{name}" for name in DEVICES))}
     kernel.mount("none", "/", None, kernel.RECURSIVE | kernel.PRIVATE)
     kernel.mount("espalier", str(room), "tmpfs", kernel.NO_SUID | kernel.NO_DEV, f"mode=711,{size}")
@@ -59,6 +59,15 @@ def build(
     for path in hidden:
         (base / path[1:]).mkdir(parents=True, exist_ok=True)
     return tuple((os.open(root / path[1:], os.O_PATH | os.O_CLOEXEC), path) for path in hidden)
+
+
+def _outermost(paths: tuple[str, ...]) -> list[str]:
+    """Those that lie in none of the others."""
+    kept: list[str] = []
+    for path in sorted(paths, key=len):
+        if not any(f"{path}/".startswith(f"{other}/") for other in kept):
+            kept.append(path)
+    return kept
 
 
 def _attach_workspace(fd: int, target: Path) -> None:

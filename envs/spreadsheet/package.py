@@ -82,6 +82,8 @@ def check_package(data: bytes, *, macros: Literal["strip", "refuse"] = "strip") 
             if not stripped and not macro_book:
                 return CheckedPackage(data, notes)
             return CheckedPackage(_without_macros(archive), ("macros were removed", *notes))
+    except PackageError:
+        raise
     except (zipfile.BadZipFile, EOFError, zlib.error, ValueError) as error:  # ValueError: a member before the start
         raise PackageError("truncated", f"the file is damaged or cut short: {error}") from None
     except (NotImplementedError, RuntimeError) as error:
