@@ -15,11 +15,10 @@ def _code(text: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "path", ["/etc/shadow", "/root/.bashrc", "/home", "/work", "/var/log", "/sys", "/proc/1/root", "/proc/1/environ"]
+    "path", ["/etc/shadow", "/root/.bashrc", "/var/log", "/boot", "/sys/kernel", "/proc/1/root", "/proc/1/environ"]
 )
 def test_nothing_of_the_host_is_visible(box: Box, path: str) -> None:
-    listed = box.shell(f"ls -A {path} 2>/dev/null | grep -v -e '^main$' -e '^\\.'")
-    assert listed.text == ""
+    assert box.shell(f"ls -A {path} 2>/dev/null").text == ""
     assert box.shell(f"cat {path} 2>/dev/null").text == ""
 
 
