@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 from pydantic import Field
 
 from ..core import ToolError
-from ..sandbox import Box, BoxError, Output
+from ..sandbox import Box, Output
 from ..tools import ToolMistake, tool
 from . import testing
 
@@ -156,5 +156,3 @@ def submit(desk: Desk) -> str:
 
 
 TOOLS = (shell, python, read_file, write_file, edit_file, list_files, run_tests, submit)
-
-__all__ = ["TOOLS", "BoxError", "Desk"]
