@@ -21,7 +21,7 @@ from .guests import Guest
 from .wire import WireError, receive, send
 
 LOOK_EVERY_S = 0.2
-GRACE_S = 2.0
+GRACE_S = 5.0
 """Seconds that an interrupted interpreter has before it is ended."""
 
 _TICKS = os.sysconf("SC_CLK_TCK")
