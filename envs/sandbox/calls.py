@@ -18,7 +18,7 @@ from typing import Any
 
 from . import guests
 from .guests import Guest
-from .wire import WireError, receive, send
+from .wire import WireError, send
 
 LOOK_EVERY_S = 0.2
 GRACE_S = 5.0
@@ -118,7 +118,7 @@ class Calls:
 
     def _answered(self, call: Call) -> None:
         try:
-            told, fds = receive(call.guest.connection)
+            told, fds = guests.hear(call.guest.connection)
         except WireError:
             self._lost(call, call.stopped or "crash")
             return

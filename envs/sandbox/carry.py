@@ -100,7 +100,7 @@ def inspect(own: frozenset[int]) -> tuple[Carried, list[str]]:
         reasons.append("the working directory was deleted")
     for word in os.listdir("/proc/self/fd"):
         fd = int(word)
-        if fd > 2 and fd not in own:
+        if fd not in own:
             _descriptor(fd, carried, reasons)
     for inode, ends in carried.pipes.items():
         if {flags & _ACCESS for _, flags, _ in ends} != {os.O_RDONLY, os.O_WRONLY}:

@@ -41,10 +41,10 @@ def build(
     for path, fd in sources.items():
         if fd >= 0:
             _bind(path, fd, root, writable=path.startswith("/dev/"))
-    for name in ("workspace", "tmp", "proc"):
+    (root / "proc").mkdir()
+    for name in ("workspace", "tmp"):
         (root / name).mkdir(exist_ok=True)
         (base / name).mkdir(parents=True)
-    (base / "proc").rmdir()
     _names(root, guest)
     shared = base / "tmp" / "shm"
     shared.mkdir()

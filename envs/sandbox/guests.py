@@ -23,6 +23,7 @@ from .layers import VOLUMES, Layers, Mounted, Stacks
 from .wire import DONE, FORK, FREEZE, NOT_PLAIN, RENEW, WireError, encode, receive, send
 
 HANDSHAKE_SECONDS = 10.0
+MOST_OF_GUEST = 1 << 16
 MOST_ROUNDS = 1000
 
 
@@ -51,6 +52,7 @@ class Guest:
     mounted: Mounted
     namespace: int  # a descriptor of its mount namespace
     lineage: int = 0  # forks between it and the last process with pages of its own
+    ended: bool = False
 
 
 @dataclass
@@ -171,7 +173,7 @@ def freeze(home: Home, layers: Layers, guest: Guest, number: int, plain: bool) -
     written = {name: mount for name, mount in guest.mounted.items() if layers.changed(name, mount) or not plain}
     stacks = {name: mount.stack for name, mount in guest.mounted.items()}
     stacks |= {name: layers.short(name, (*mount.stack, mount.layer)) for name, mount in written.items()}
-    fresh = layers.mount({name: stacks[name] for name in written})  # while the guest forks
+    fresh, no_room = _mounted(layers, {name: stacks[name] for name in written})  # while the guest forks
     try:
         told, _ = _heard(connection)
         if told.get("op") == NOT_PLAIN:
@@ -181,6 +183,9 @@ def freeze(home: Home, layers: Layers, guest: Guest, number: int, plain: bool) -
         if not plain and (frozen := _heard(ours)[0]).get("op") != "frozen":
             raise GuestGone("its copy failed: " + "; ".join(_reasons(frozen)))
         pid = _newborn(before, guest)
+        if no_room is not None:
+            _go_on_without(guest, pid, plain)
+            raise Refused([f"no room for another layer ({no_room.strerror})"])
         _attach(home, guest, fresh)
     except (Refused, NotPlain, GuestGone):
         layers.drop(fresh)
@@ -209,13 +214,33 @@ def freeze(home: Home, layers: Layers, guest: Guest, number: int, plain: bool) -
     return template
 
 
+def _mounted(layers: Layers, stacks: Stacks) -> tuple[Mounted, OSError | None]:
+    """Fresh layers, or why there are none: the handshake that is under way is finished all the same."""
+    try:
+        return layers.mount(stacks), None
+    except OSError as error:
+        return {}, error
+
+
+def _go_on_without(guest: Guest, copy: int, plain: bool) -> None:
+    """Its frozen copy ends, and the guest goes on in the layers that it has."""
+    _kill(copy)
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(copy, 0)
+    if not plain:
+        _ask(guest.connection, encode({"op": "moved"}))
+        if (told := _heard(guest.connection)[0]).get("op") != "ready":
+            raise GuestGone("; ".join(_reasons(told)))
+
+
 def fork(home: Home, layers: Layers, template: Template) -> Guest:
     """A guest that goes on from `template`, in layers of its own. Raises `GuestGone`, `OSError`."""
     ours, theirs = _pair()
     with theirs:
         _ask(template.connection, FORK, theirs)
-    mounted = layers.mount({name: layers.short(name, stack) for name, stack in template.stacks.items()})
+    mounted: Mounted = {}
     try:
+        mounted = layers.mount({name: layers.short(name, stack) for name, stack in template.stacks.items()})
         pid = _told_number(ours)
         guest = Guest(pid, ours, mounted, _namespace(pid), template.lineage + 1)
         _attach(home, guest, mounted)
@@ -226,7 +251,7 @@ def fork(home: Home, layers: Layers, template: Template) -> Guest:
                 raise GuestGone("; ".join(_reasons(told)))
     except (GuestGone, OSError):
         layers.drop(mounted)
-        ours.close()
+        ours.close()  # the fork ends with it
         raise
     return guest
 
@@ -250,7 +275,12 @@ def renew(template: Template) -> None:
 
 
 def end(layers: Layers, guest: Guest, known: Container[int]) -> None:
-    """Kill a guest and all that its branch runs; its layer is let go. `known`: guests and frozen copies."""
+    """Kill a guest and all that its branch runs; its layer is let go. `known`: guests and frozen copies. Safe to
+    repeat.
+    """
+    if guest.ended:
+        return
+    guest.ended = True
     guest.connection.close()
     space, started = namespace_of(guest.pid), started_by(guest.pid, known)
     _kill(guest.pid)
@@ -365,22 +395,35 @@ def _ask(connection: socket.socket, message: bytes, handed: socket.socket | None
         raise GuestGone(f"the process in the box is gone ({error})") from error
 
 
+def hear(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """A guest's message: short, and whole within the time of a handshake, or not at all. Raises `WireError`."""
+    try:
+        return receive(connection, most=MOST_OF_GUEST, seconds=HANDSHAKE_SECONDS)
+    finally:
+        if connection.fileno() >= 0:
+            connection.settimeout(HANDSHAKE_SECONDS)
+
+
 def _heard(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
     try:
-        return receive(connection)
+        return hear(connection)
     except WireError as error:
         raise GuestGone(f"the process in the box is gone or hung ({error})") from error
 
 
 def _told_number(connection: socket.socket) -> int:
-    """The number that a new process tells, checked to be a child of this one: a guest may name any."""
+    """The number that a new process tells, checked to be a child of this one: a guest may name any. Raises `OSError`
+    for a negative one, the error that kept it from being born.
+    """
     try:
         pid = int(connection.recv(8))
-        if pid > 1 and parent_of(pid) == 1:
-            return pid
     except (OSError, ValueError) as error:
         raise GuestGone(f"the process in the box is gone or hangs ({error})") from error
-    raise GuestGone("the process in the box broke the protocol")
+    if -4096 < pid < 0:
+        raise OSError(-pid, os.strerror(-pid))
+    if pid <= 1 or parent_of(pid) != 1:
+        raise GuestGone("the process in the box broke the protocol")
+    return pid
 
 
 def _newborn(before: set[int], guest: Guest) -> int:

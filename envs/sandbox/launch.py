@@ -1,6 +1,6 @@
 """The start of a box, outside it: new namespaces, the users inside them, and the first process there.
 
-Run as a script (see `box.start`); never imported by who uses a box. It ends when the box ends, and the box ends when it
+Run as a script (see `starting`); never imported by who uses a box. It ends when the box ends, and the box ends when it
 does: the supervisor inside is the first process of its namespace, and the kernel takes all others, every mount and
 every file with it.
 """

@@ -29,6 +29,7 @@ GUEST = 1000
 """The guest's user and group number, as seen inside."""
 
 CHORES_AFTER_S = 0.005
+REAP_SECONDS = 2.0
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EAGAIN, errno.ENOMEM)
 
 
@@ -110,7 +111,8 @@ class Supervisor:
             self.tree.chore({seat.at for seat in self.seats.values()})
 
     def _not_looked(self) -> Seat | None:
-        return next((s for s in self.seats.values() if s.call is None and s.plain is None), None)
+        waiting = (s for s in self.seats.values() if s.call is None and not s.guest.ended)
+        return next((s for s in waiting if s.plain is None), None)
 
     # seats
 
@@ -150,6 +152,8 @@ class Supervisor:
                 raise Mistake("unknown_request", f"no request {message.get('op')!r}")
             if seat.call is not None:
                 raise Mistake("busy", "a call is still running here")
+            if seat.guest.ended and message["op"] not in ("rollback", "branch", "drop", "prepare"):
+                raise Mistake("guest_gone", "nothing runs in this branch any more: roll back to a snapshot")
             return handler(self, seat, message, fds)
         except Mistake as mistake:
             return mistake.reply
@@ -187,8 +191,10 @@ class Supervisor:
         if lost:
             try:
                 self._restart_from(seat, self.tree.templates[PRISTINE])
-            except (guests.GuestGone, OSError):  # not even a fresh one can be had: the seat is over
-                self._close(seat)
+            except (guests.GuestGone, OSError) as error:
+                text = f"the interpreter is gone, and there is no fresh one ({error}): roll back to a snapshot"
+                self.tree.end(seat.guest)
+                self._tell(seat, {"error": "guest_gone", "message": text})
                 return
         self._tell(seat, {**told, "restarted": bool(lost)})
 
@@ -207,6 +213,7 @@ class Supervisor:
         return {"snapshot": template.number, "pause_us": round((template.ready - asked) * 1e6)}
 
     def _freeze(self, seat: Seat) -> guests.Template:
+        self.tree.bound({other.at for other in self.seats.values()})
         if seat.plain is None:
             seat.plain = guests.is_plain(seat.guest, self.tree.pids())
         if seat.plain:
@@ -245,6 +252,9 @@ class Supervisor:
         self.tree.end(seat.guest)
         while self.tree.layers.chores:
             self.tree.layers.chore()
+        deadline = time.monotonic() + REAP_SECONDS
+        while seat.guest.pid in self.tree.dying and time.monotonic() < deadline:  # until then it counts as a process
+            self._reap()
         seat.guest, _ = self.tree.go_on(template)
         seat.at, seat.plain = template.number, template.plain
         return {"rolled_back": template.number, "warm": 0}

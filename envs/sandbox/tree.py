@@ -74,7 +74,7 @@ class Tree:
         """It is gone back to: worth keeping, and, the second time, a copy that stands ready."""
         template.used = time.monotonic()
         template.hot += 1
-        if template.hot > 1 and template.number not in self._wanted:
+        if template.hot > 1 and self.limits["spares"] and template.number not in self._wanted:
             self._wanted.append(template.number)
 
     def go_on(self, template: Template) -> tuple[Guest, bool]:
@@ -87,16 +87,14 @@ class Tree:
         return guest, warm
 
     def go_on_with_files(self, template: Template, guest: Guest) -> Guest:
-        """The interpreter of a plain snapshot with the files of `guest`, which ends. Raises `GuestGone`, `OSError`."""
+        """The interpreter of a plain snapshot with the files of `guest`, which then ends. Raises `GuestGone`,
+        `OSError`.
+        """
         mounts = guest.mounted.items()
         stacks = {name: self.layers.short(name, (*mount.stack, mount.layer)) for name, mount in mounts}
-        self.layers.hold(stacks.values())
-        self.end(guest)
-        try:
-            made = guests.fork(self.home, self.layers, replace(template, stacks=stacks))
-        finally:
-            self.layers.release(stacks.values())
+        made = guests.fork(self.home, self.layers, replace(template, stacks=stacks))
         self.live.add(made.pid)
+        self.end(guest)
         return made
 
     def end(self, guest: Guest) -> None:
@@ -148,6 +146,11 @@ class Tree:
             spare, template.spare = template.spare, None
             if spare is not None:
                 self.end(spare)
+
+    def bound(self, in_use: set[int | None]) -> None:
+        """Keep to the number of snapshots where no spare time comes."""
+        if len(self.templates) > self.limits["snapshots"]:
+            self._make_room(in_use)
 
     def _make_room(self, in_use: set[int | None]) -> None:
         """Let the least valuable snapshots go while there are too many, or they hold too much memory."""

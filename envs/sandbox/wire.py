@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import struct
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,23 +49,33 @@ def send(connection: socket.socket, message: Mapping[str, Any], fds: Sequence[in
         raise WireError(f"the other side is gone ({error})") from error
 
 
-def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    """The next message and the descriptors that came with it (2 at most). Raises `WireError`."""
+def receive(
+    connection: socket.socket, *, most: int = MOST, seconds: float | None = None
+) -> tuple[dict[str, Any], list[int]]:
+    """The next message, of at most `most` bytes, and the descriptors that came with it (2 at most).
+
+    `seconds`: for the whole of it, however slowly it comes; None: the connection's own time-out, for each part.
+    Raises `WireError`.
+    """
     fds: list[int] = []
+    end = None if seconds is None else time.monotonic() + seconds
     try:
+        _wait(connection, end)
         head, fds, _flags, _ = socket.recv_fds(connection, _HEAD.size, 2, socket.MSG_CMSG_CLOEXEC)
         if not head:
             raise WireError("the other side closed the connection")
         while len(head) < _HEAD.size:
-            head += _more(connection, _HEAD.size - len(head))
+            head += _more(connection, _HEAD.size - len(head), end)
         if head[1:] == b"\xff\xff\xff":
             return {"op": head}, fds
         length = decode_length(head)
-        body = _more(connection, length)
+        if length > most:
+            raise WireError(f"a message of {length} bytes is too long (at most {most})")
+        body = _more(connection, length, end)
         if len(body) < length:
             parts = bytearray(body)
             while len(parts) < length:
-                parts += _more(connection, length - len(parts))
+                parts += _more(connection, length - len(parts), end)
             body = bytes(parts)
         return decode(body), fds
     except (OSError, ValueError) as error:
@@ -94,7 +105,17 @@ def decode(body: bytes) -> dict[str, Any]:
     return found
 
 
-def _more(connection: socket.socket, most: int) -> bytes:
+def _wait(connection: socket.socket, end: float | None) -> None:
+    """Let the next read wait until `end` at most."""
+    if end is not None:
+        left = end - time.monotonic()
+        if left <= 0:
+            raise WireError("a message that does not end")
+        connection.settimeout(left)
+
+
+def _more(connection: socket.socket, most: int, end: float | None) -> bytes:
+    _wait(connection, end)
     chunk = connection.recv(min(most, 1 << 20))
     if not chunk:
         raise WireError("the other side closed the connection")

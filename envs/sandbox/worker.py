@@ -138,7 +138,13 @@ def _freeze_plain(connection: socket.socket, other: int, fork: Fork) -> tuple[so
         os.close(other)
         connection.send(NOT_PLAIN)
         return connection, None
-    if fork() == 0:
+    try:
+        child = fork()
+    except OSError:  # too many processes: the other way says so in words
+        os.close(other)
+        connection.send(NOT_PLAIN)
+        return connection, None
+    if child == 0:
         connection.close()
         os.setsid()
         kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
@@ -156,11 +162,17 @@ def _freeze(connection: socket.socket, other: int, fork: Fork) -> socket.socket:
         carried, reasons = carry.inspect(frozenset((connection.fileno(), other)))
     except OSError as error:
         carried, reasons = carry.Carried(), [f"a process that cannot be looked into ({error})"]
+    child = -1
+    if not reasons:
+        try:
+            child = fork()
+        except OSError as error:
+            reasons = [f"no room for another process ({error.strerror})"]
     if reasons:
         os.close(other)
         send(connection, {"refused": reasons})
         return connection
-    if fork() == 0:
+    if child == 0:
         connection.close()
         connection = _socket(other)
         os.setsid()
@@ -197,7 +209,13 @@ def _template(connection: socket.socket, fork: Fork) -> socket.socket:
     try:
         while True:
             message, fds = receive(connection)
-            if fork() == 0:
+            try:
+                child = fork()
+            except OSError as error:  # too many processes: whoever asked may ask again
+                with _socket(fds[0]) as asked:
+                    asked.send(str(-error.errno).rjust(8).encode())
+                continue
+            if child == 0:
                 connection.close()
                 connection = _socket(fds[0])
                 if message["op"] == FORK:

@@ -58,6 +58,17 @@ def test_branches_run_and_do_not_see_each_other(box: Box) -> None:
         assert left.shell("ls").text.split() == ["a.txt", "left", "link", "shared", "src"]
 
 
+def test_a_file_in_the_place_of_standard_input_keeps_its_offset(box: Box) -> None:
+    box.python("import os; os.close(0); f = open('a.txt'); f.fileno(), f.read(2)")
+    assert box.python("f.fileno()").text == "0\n"
+    here = box.snapshot()
+    for _ in range(2):
+        assert box.python("os.lseek(0, 0, os.SEEK_CUR), os.read(0, 3)").text != ""
+        box.python("os.lseek(0, 0, os.SEEK_SET)")
+        box.rollback(here)
+        assert box.python("os.lseek(0, 0, os.SEEK_CUR)").text == "6\n"
+
+
 def test_a_snapshot_of_an_unchanged_state_is_the_same_one(box: Box) -> None:
     box.python("x = 1")
     first = box.snapshot()

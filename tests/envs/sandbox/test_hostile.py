@@ -135,6 +135,77 @@ def test_disk_and_inodes_are_bounded(boxes_work: None, workspace: Path) -> None:
         assert box.python("open('small', 'w').write('x')").text == "1\n"
 
 
+@pytest.mark.parametrize("hold", ["pass", "f = open('/tmp/kept', 'w')"])
+def test_a_snapshot_without_room_is_refused_and_nothing_is_lost(boxes_work: None, workspace: Path, hold: str) -> None:
+    """Both ways of a snapshot (with and without something to carry) meet a full file system in mid-handshake."""
+    with Box(workspace, Limits(files="20M", inodes=2000)) as box:
+        box.python(f"x = 7; {hold}")
+        first = box.snapshot()
+        box.python("n = 0\ntry:\n    while True: open(f'f{n}', 'w').close(); n += 1\nexcept OSError: pass")
+        with pytest.raises(SnapshotIncomplete, match="room"):
+            box.snapshot()
+        for _ in range(3):
+            assert box.python("x += 1; n > 100, x > 7").text == "(True, True)\n"
+        assert box.shell("rm -f f*; echo done").text == "done\n"
+        second = box.snapshot()
+        box.rollback(first)
+        assert box.python("x").text == "7\n"
+        box.rollback(second)
+        assert box.python("x").text == "10\n"
+
+
+def test_no_interpreter_is_lost_when_there_are_too_many_processes(boxes_work: None, workspace: Path) -> None:
+    with Box(workspace, Limits(pids=4, snapshots=4, spares=0)) as box:
+        box.python("x = 1")
+        first = box.snapshot()
+        with box.branch(first) as other:
+            grow = (
+                "import subprocess, sys\ntry:\n    while True: subprocess.Popen(['sleep', '60'])\nexcept OSError: pass"
+            )
+            other.python(grow)
+            assert box.python("x = 2; x").text == "2\n"
+            with pytest.raises(SnapshotIncomplete, match="process"):
+                box.snapshot()
+            with pytest.raises(BoxError):
+                box.branch(first)
+            assert box.python("x").text == "2\n"
+            box.rollback(first)
+            assert box.python("x").text == "1\n"
+        assert box.python("x").text == "1\n"
+        with box.branch(first) as other:
+            assert other.python("x").text == "1\n"
+
+
+def test_as_many_snapshots_are_kept_as_the_limit_says(boxes_work: None, workspace: Path) -> None:
+    with Box(workspace, Limits(pids=4, snapshots=4, spares=0)) as box:
+        kept = []
+        for n in range(60):
+            box.python(f"x = {n}")
+            kept.append(box.snapshot())
+        assert box.stats()["snapshots"] <= 5
+        box.rollback(kept[-2])
+        assert box.python("x").text == "58\n"
+        with pytest.raises(BoxError, match="no snapshot"):
+            box.rollback(kept[0])
+        assert box.python("x").text == "58\n"
+
+
+def test_a_guest_that_answers_by_the_byte_holds_nobody_up(box: Box) -> None:
+    box.python("import os, time")
+    here = box.snapshot()
+    slow = _code(
+        """
+        os.write(3, (60).to_bytes(4, 'little'))
+        for byte in b'{"status": 0}'.ljust(60):
+            os.write(3, bytes([byte])); time.sleep(0.5)
+        """
+    )
+    out = box.python(slow, seconds=120)
+    assert (out.stopped, out.restarted) == ("crash", True)
+    box.rollback(here)
+    assert box.python("1").text == "1\n"
+
+
 def test_links_do_not_lead_out_of_the_box(box: Box) -> None:
     box.shell("ln -s /etc/passwd l; ln -s ../../../../etc/passwd m; ln -s / n; ln -s /proc/1/root o; mkfifo p")
     for path in ("l", "m", "n/etc/passwd", "o/etc/passwd"):
