@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from .aio import AsyncBox
-from .box import Box, BoxError, BoxSnapshot, Limits, Output, SnapshotIncomplete
+from .box import Box, BoxSnapshot
 from .copying import CopyBox, CopySnapshot
+from .terms import BoxError, Limits, Output, SnapshotIncomplete
 
 __all__ = [
     "AsyncBox",

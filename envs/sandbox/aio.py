@@ -13,19 +13,9 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from .box import (
-    _REPLY_SECONDS,
-    _START_SECONDS,
-    Box,
-    BoxError,
-    BoxSnapshot,
-    Limits,
-    Output,
-    _error,
-    _output,
-    _run_message,
-    _start,
-)
+from .box import REPLY_SECONDS, START_SECONDS, Box, BoxSnapshot
+from .starting import start
+from .terms import BoxError, Limits, Output, error_of, output_of, run_request
 from .wire import HEAD_SIZE, WireError, decode, decode_length, encode
 
 
@@ -39,29 +29,35 @@ class AsyncBox:
 
     @classmethod
     async def start(
-        cls, workspace: str | os.PathLike[str] | None = None, limits: Limits | None = None, **options: Any
+        cls,
+        workspace: str | os.PathLike[str] | None = None,
+        limits: Limits | None = None,
+        *,
+        python: str | None = None,
+        visible: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        network: bool = False,
+        live: bool = True,
     ) -> AsyncBox:
         """A new box; arguments and errors as of `Box`."""
         limits = limits or Limits()
-        arguments = {"python": None, "visible": (), "environment": None, "network": False, **options}
-        connection, family = _start(workspace, limits, **arguments)
         box = Box.__new__(Box)
-        box._join(limits, connection, family)
+        box._join(limits, live, *start(workspace, limits, python, visible, environment, network))
         made = cls(box)
-        await made._ask(None, _START_SECONDS)
+        await made._ask(None, START_SECONDS)
         return made
 
     async def python(self, code: str, *, seconds: float | None = None, show: bool = True) -> Output:
         """Run statements in the live interpreter. Raises `BoxError`."""
-        return await self._run("python", code, seconds, show)
+        return await self._run("python" if self._box.live else "fresh", code, seconds, show)
 
     async def shell(self, command: str, *, seconds: float | None = None) -> Output:
         """Run a shell command. Raises `BoxError`."""
         return await self._run("shell", command, seconds)
 
     async def _run(self, op: str, code: str, seconds: float | None, show: bool = False) -> Output:
-        message = _run_message(self._box.limits, op, code, seconds, show)
-        return _output(await self._ask(message, message["seconds"] + _REPLY_SECONDS))
+        message = run_request(self._box.limits, op, code, seconds, show)
+        return output_of(await self._ask(message, message["seconds"] + REPLY_SECONDS))
 
     async def snapshot(self) -> BoxSnapshot:
         """Keep the present state. Raises `SnapshotIncomplete`."""
@@ -82,7 +78,7 @@ class AsyncBox:
                 ours.close()
                 raise
         made = Box.__new__(Box)
-        made._join(self._box.limits, ours, self._box._family)
+        made._join(self._box.limits, self._box.live, ours, self._box._family)
         return AsyncBox(made)
 
     async def close(self) -> None:
@@ -98,7 +94,7 @@ class AsyncBox:
         await asyncio.shield(self.close())
 
     async def _ask(
-        self, message: Mapping[str, Any] | None, seconds: float = _REPLY_SECONDS, handed: Sequence[int] = ()
+        self, message: Mapping[str, Any] | None, seconds: float = REPLY_SECONDS, handed: Sequence[int] = ()
     ) -> dict[str, Any]:
         async with self._turn:
             if self._box._closed:
@@ -123,7 +119,7 @@ class AsyncBox:
         body = await self._read(decode_length(await self._read(HEAD_SIZE)))
         told = decode(body)
         if "error" in told:
-            raise _error(told)
+            raise error_of(told)
         return told
 
     async def _read(self, count: int) -> bytes:

@@ -13,99 +13,22 @@ when the box is closed, or this process dies, nothing of it is left.
 from __future__ import annotations
 
 import base64
-import contextlib
-import json
 import os
-import site
 import socket
-import subprocess
-import sys
-import sysconfig
 import weakref
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
-from . import cgroup
+from .starting import Family, start
+from .terms import BoxError, Limits, Output, error_of, output_of, run_request
 from .wire import WireError, receive, send
 
-_START_SECONDS = 60.0
-_REPLY_SECONDS = 60.0
-_END_SECONDS = 5.0
+START_SECONDS = 60.0
+REPLY_SECONDS = 60.0
 _CHUNK = 4 << 20
-_BOOT = (
-    "import sys,types;p=types.ModuleType('espalier_box');p.__path__=[sys.argv[1]];sys.modules['espalier_box']=p;"
-    "from espalier_box.{module} import main;sys.exit(main({argument}))"
-)
-_NO_THREADS = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
-"""Without it pyarrow, which pandas imports, starts a thread that no snapshot could carry."""
-
-_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-
-Stopped = Literal["", "time", "cpu", "memory", "crash"]
-
-
-class BoxError(RuntimeError):
-    """The box itself failed; `code` is a short stable word."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(f"{code}: {message}")
-        self.code = code
-
-
-class SnapshotIncomplete(BoxError):
-    """The present state cannot be kept whole; `reasons` says what stands in the way. Nothing was kept."""
-
-    def __init__(self, message: str, reasons: Sequence[str]) -> None:
-        super().__init__("incomplete", message)
-        self.reasons = tuple(reasons)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a box may use.
-
-    `memory`: bytes that one branch's processes hold ("512M"); `pids`: processes at once; `cpu_seconds`: processor time
-    of one call; `seconds`: wall-clock time of one call; `output`: bytes of a call's output that are kept; `files`,
-    `inodes`: all that was written, in bytes and files; `snapshots`, `snapshot_memory`: frozen copies kept, and the
-    bytes they hold, before the least valuable goes; `spares`: copies kept ready for a warm rollback.
-    """
-
-    memory: int | str = "1G"
-    pids: int = 64
-    cpu_seconds: float = 60.0
-    seconds: float = 120.0
-    output: int = 100_000
-    files: int | str = "1G"
-    inodes: int = 200_000
-    snapshots: int = 256
-    snapshot_memory: int | str = "1G"
-    spares: int = 4
-
-    def plain(self) -> dict[str, Any]:
-        """The same with sizes in bytes. Raises `ValueError` for a size that is none."""
-        return {
-            **asdict(self),
-            **{name: _bytes(getattr(self, name)) for name in ("memory", "files", "snapshot_memory")},
-        }
-
-
-@dataclass(frozen=True)
-class Output:
-    """What a call printed (standard output and error together), its exit status, and what ended it early.
-
-    `cut`: bytes of output that were not kept. `restarted`: the interpreter had to be replaced by a fresh one, its
-    variables are gone; files are as the call left them.
-    """
-
-    text: str
-    status: int = 0
-    stopped: Stopped = ""
-    cut: int = 0
-    restarted: bool = False
 
 
 @dataclass(eq=False)
@@ -132,40 +55,6 @@ class BoxSnapshot:
         return self._known[0]
 
 
-class _Family:
-    """What the branches of one box share: its process, its control group, snapshots to be dropped."""
-
-    def __init__(self, process: subprocess.Popen[bytes], groups: list[str]) -> None:
-        self.process = process
-        self.handles: Counter[int] = Counter()
-        self.dropped: deque[int] = deque()
-        self.connections: set[socket.socket] = set()
-        self.end = weakref.finalize(self, _abandon, process, groups, self.connections)
-
-    def with_dropped(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A request that also says which snapshots nobody has a handle to any more."""
-        if not self.dropped:
-            return message
-        gone = [self.dropped.popleft() for _ in range(len(self.dropped))]
-        return {**message, "unwanted": [number for number in gone if not self.handles[number]]}
-
-
-def _abandon(process: subprocess.Popen[bytes], groups: list[str], connections: set[socket.socket]) -> None:
-    for connection in connections:
-        connection.close()
-    _end(process, groups)
-
-
-def _end(process: subprocess.Popen[bytes], groups: list[str]) -> None:
-    """A box whose last connection is closed ends by itself; one that does not is killed."""
-    try:
-        process.wait(timeout=_END_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    cgroup.remove(groups)
-
-
 class Box:
     """One branch of a sandbox: a workspace, a live Python interpreter, and programs, all behind one connection.
 
@@ -188,41 +77,40 @@ class Box:
         live: bool = True,
     ) -> None:
         limits = limits or Limits()
-        self._python = "python" if live else "fresh"
-        connection, family = _start(workspace, limits, python, visible, environment, network)
-        self._join(limits, connection, family)
-        connection.settimeout(_START_SECONDS)
+        self._join(limits, live, *start(workspace, limits, python, visible, environment, network))
+        connection = self._connection
+        connection.settimeout(START_SECONDS)
         try:
             self._reply()
         except BaseException:
             self.close()
             raise
-        connection.settimeout(_REPLY_SECONDS)
+        connection.settimeout(REPLY_SECONDS)
 
-    def _join(self, limits: Limits, connection: socket.socket, family: _Family) -> None:
-        self.limits, self._connection, self._family = limits, connection, family
+    def _join(self, limits: Limits, live: bool, connection: socket.socket, family: Family) -> None:
+        self.limits, self.live, self._connection, self._family = limits, live, connection, family
         self._pending: deque[BoxSnapshot] = deque()
         self._closed = False
-        connection.settimeout(_REPLY_SECONDS)
+        connection.settimeout(REPLY_SECONDS)
         family.connections.add(connection)
 
     def python(self, code: str, *, seconds: float | None = None, show: bool = True) -> Output:
         """Run statements in the live interpreter; `show`: the value of a last expression, too. Raises `BoxError`."""
-        return self._run(self._python, code, seconds, show)
+        return self._run("python" if self.live else "fresh", code, seconds, show)
 
     def shell(self, command: str, *, seconds: float | None = None) -> Output:
         """Run a shell command in the interpreter's working directory and environment. Raises `BoxError`."""
         return self._run("shell", command, seconds)
 
     def _run(self, op: str, code: str, seconds: float | None, show: bool = False) -> Output:
-        message = _run_message(self.limits, op, code, seconds, show)
+        message = run_request(self.limits, op, code, seconds, show)
         self._send(message)
-        self._connection.settimeout(message["seconds"] + _REPLY_SECONDS)
+        self._connection.settimeout(message["seconds"] + REPLY_SECONDS)
         try:
-            return _output(self._reply())
+            return output_of(self._reply())
         finally:
             if not self._closed:
-                self._connection.settimeout(_REPLY_SECONDS)
+                self._connection.settimeout(REPLY_SECONDS)
 
     def snapshot(self, *, wait: bool = True) -> BoxSnapshot:
         """Keep the present state. `wait=False`: return at once, and find out at the handle's next use.
@@ -263,8 +151,7 @@ class Box:
                 ours.close()
                 raise
         made = Box.__new__(Box)
-        made._python = self._python
-        made._join(self.limits, ours, self._family)
+        made._join(self.limits, self.live, ours, self._family)
         return made
 
     def restart(self, snapshot: BoxSnapshot | None = None) -> None:
@@ -374,118 +261,13 @@ class Box:
         for fd in fds:
             os.close(fd)
         if "error" in told:
-            raise _error(told)
+            raise error_of(told)
         return told
 
 
-def _forget(known: list[int], family: _Family) -> None:
+def _forget(known: list[int], family: Family) -> None:
     """A handle was collected: its snapshot goes with the last one."""
     for number in known:
         family.handles[number] -= 1
         if not family.handles[number]:
             family.dropped.append(number)
-
-
-def _error(told: Mapping[str, Any]) -> Exception:
-    code, message = str(told["error"]), str(told.get("message", ""))
-    if code == "incomplete":
-        return SnapshotIncomplete(message, told.get("reasons", []))
-    if code == "file":
-        return OSError(int(told["errno"]), message)
-    return BoxError(code, message)
-
-
-def _run_message(limits: Limits, op: str, code: str, seconds: float | None, show: bool = False) -> dict[str, Any]:
-    wait = limits.seconds if seconds is None else seconds
-    return {
-        "op": op, "code": code, "show": show, "seconds": wait, "cpu_seconds": limits.cpu_seconds, "most": limits.output,
-    }  # fmt: skip
-
-
-def _output(told: Mapping[str, Any]) -> Output:
-    return Output(told["output"], told["status"], told["stopped"], told["cut"], told["restarted"])
-
-
-def _start(
-    workspace: str | os.PathLike[str] | None,
-    limits: Limits,
-    python: str | None,
-    visible: Sequence[str],
-    environment: Mapping[str, str] | None,
-    network: bool,
-) -> tuple[socket.socket, _Family]:
-    """A connection to a new box, whose first message will be "ready" or an error."""
-    if sys.platform != "linux":
-        raise BoxError("not_isolated", "a box needs Linux's namespaces and overlay file systems")
-    folder = Path(workspace).resolve() if workspace is not None else None
-    if folder is not None and not folder.is_dir():
-        raise FileNotFoundError(f"the workspace {folder} is not a folder")
-    ours, theirs = socket.socketpair()
-    with theirs:
-        process, groups = _launch(folder, limits, theirs, python, visible, environment, network)
-    return ours, _Family(process, groups)
-
-
-def _launch(
-    folder: Path | None,
-    limits: Limits,
-    control: socket.socket,
-    python: str | None,
-    visible: Sequence[str],
-    environment: Mapping[str, str] | None,
-    network: bool,
-) -> tuple[subprocess.Popen[bytes], list[str]]:
-    here = str(Path(__file__).parent)
-    plain = limits.plain()
-    groups = cgroup.make(plain)
-    config = {
-        "control": control.fileno(),
-        "workspace": str(folder) if folder is not None else None,
-        "limits": plain,
-        "network": network,
-        "cgroup": groups,
-        "visible": [here, *(visible or _own_folders())],
-        "command": [
-            python or sys.executable, "-P", "-B", "-c", _BOOT.format(module="worker", argument="3"), here
-        ],
-        "environment": {
-            "PATH": f"{Path(python or sys.executable).parent}:/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp",
-            "TMPDIR": "/tmp", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
-            "MKL_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **_NO_THREADS,
-            **(environment or {}),
-        },
-    }  # fmt: skip
-    boot = _BOOT.format(module="launch", argument="sys.argv[2]")
-    process = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", boot, here, json.dumps(config)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=None if os.environ.get("ESPALIER_BOX_DEBUG") else subprocess.DEVNULL,
-        pass_fds=(control.fileno(),),
-        env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
-        start_new_session=True,
-    )
-    return process, groups
-
-
-def _own_folders() -> list[str]:
-    """Folders of this Python and its packages, as far as they are not the system's own."""
-    found = [sys.prefix, sys.base_prefix, *site.getsitepackages(), str(Path(sys.executable).resolve().parent.parent)]
-    found += [path for key, path in sysconfig.get_paths().items() if key in ("stdlib", "purelib", "platlib")]
-    kept: list[str] = []
-    for path in sorted(dict.fromkeys(found), key=len):
-        if (
-            path not in ("/usr", "/")
-            and Path(path).is_dir()
-            and not any(path.startswith(k + "/") for k in ("/usr", *kept))
-        ):
-            kept.append(path)
-    return kept
-
-
-def _bytes(size: int | str) -> int:
-    if isinstance(size, int):
-        return size
-    with contextlib.suppress(ValueError, KeyError, IndexError):
-        return int(float(size[:-1]) * _UNITS[size[-1].upper()]) if size[-1].isalpha() else int(size)
-    raise ValueError(f"{size!r} is not a size: give bytes, or a number with K, M or G")

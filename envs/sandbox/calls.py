@@ -13,19 +13,15 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from . import guests
+from . import guests, processes
 from .guests import Guest
 from .wire import WireError, send
 
 LOOK_EVERY_S = 0.2
 GRACE_S = 5.0
 """Seconds that an interrupted interpreter has before it is ended."""
-
-_TICKS = os.sysconf("SC_CLK_TCK")
-_PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass
@@ -158,24 +154,9 @@ class Calls:
                 os.kill(call.guest.pid, signal.SIGINT)
 
     def _cpu(self, guest: Guest) -> float:
-        return sum(_cpu_of(pid) for pid in self._branch(guest))
+        return sum(processes.cpu_of(pid) for pid in self._branch(guest))
 
     def _held(self, guest: Guest) -> int:
         branch = self._branch(guest)
-        held = sum(_resident(pid) for pid in branch)  # counts a page that forks share once each: an upper bound
-        return held if held <= self._memory else sum(guests.held_bytes(pid) for pid in branch)
-
-
-def _cpu_of(pid: int) -> float:
-    try:
-        parts = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-        return (int(parts[11]) + int(parts[12])) / _TICKS
-    except (OSError, IndexError):
-        return 0.0
-
-
-def _resident(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE
-    except (OSError, IndexError):
-        return 0
+        held = sum(processes.resident(pid) for pid in branch)
+        return held if held <= self._memory else sum(processes.held_bytes(pid) for pid in branch)

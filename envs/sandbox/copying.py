@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from .box import BoxError, Limits, Output, Stopped
+from .terms import BoxError, Limits, Output, Stopped
 
 LOOK_EVERY_S = 0.1
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import filter, guestroot, kernel, maps
+from . import filter, guestroot, kernel, maps, processes
 from .layers import VOLUMES, Layers, Mounted, Stacks
 from .wire import DONE, FORK, FREEZE, NOT_PLAIN, RENEW, WireError, encode, receive, send
 
@@ -149,7 +149,9 @@ def is_plain(guest: Guest, known: Container[int]) -> bool:
     """
     here = f"/proc/{guest.pid}"
     try:
-        if len(os.listdir(f"{here}/task")) != 1 or started_by(guest.pid, known) or _children_of(guest.pid):
+        if processes.started_by(guest.pid, known) or processes.children_of(guest.pid):
+            return False
+        if len(os.listdir(f"{here}/task")) != 1:
             return False
         links = [os.readlink(f"{here}/fd/{fd}") for fd in os.listdir(f"{here}/fd")]
         if sorted(links)[:3] != ["/dev/null"] * 3 or len(links) != 4:
@@ -166,7 +168,7 @@ def freeze(home: Home, layers: Layers, guest: Guest, number: int, plain: bool) -
     (it goes on as it was), `GuestGone`.
     """
     connection = guest.connection
-    before = set(_children_of(1))
+    before = set(processes.children_of(1))
     ours, theirs = _pair()
     with theirs:
         _ask(connection, FREEZE if plain else encode({"op": "freeze"}), theirs)
@@ -224,7 +226,7 @@ def _mounted(layers: Layers, stacks: Stacks) -> tuple[Mounted, OSError | None]:
 
 def _go_on_without(guest: Guest, copy: int, plain: bool) -> None:
     """Its frozen copy ends, and the guest goes on in the layers that it has."""
-    _kill(copy)
+    processes.kill(copy)
     with contextlib.suppress(ChildProcessError):
         os.waitpid(copy, 0)
     if not plain:
@@ -270,7 +272,7 @@ def renew(template: Template) -> None:
         ours.close()
         return
     template.connection.close()
-    _kill(template.pid)
+    processes.kill(template.pid)
     template.pid, template.connection, template.lineage, template.cost = pid, ours, 0, 0
 
 
@@ -282,14 +284,15 @@ def end(layers: Layers, guest: Guest, known: Container[int]) -> None:
         return
     guest.ended = True
     guest.connection.close()
-    space, started = namespace_of(guest.pid), started_by(guest.pid, known)
-    _kill(guest.pid)
+    space = processes.namespace_of(guest.pid)
+    started = processes.started_by(guest.pid, known)
+    processes.kill(guest.pid)
     for _ in range(MOST_ROUNDS):  # who forks faster than it is killed is met again
         if not started:
             break
         for pid in started:
-            _kill(pid)
-        started = [pid for pid in others() if pid not in known and space and namespace_of(pid) == space]
+            processes.kill(pid)
+        started = processes.in_namespace(space, known)
     os.close(guest.namespace)
     layers.drop(guest.mounted)
 
@@ -297,62 +300,11 @@ def end(layers: Layers, guest: Guest, known: Container[int]) -> None:
 def end_template(layers: Layers, template: Template, known: Container[int]) -> None:
     """Kill a frozen copy and its spare."""
     template.connection.close()
-    _kill(template.pid)
+    processes.kill(template.pid)
     if template.spare is not None:
         end(layers, template.spare, known)
         template.spare = None
     layers.release(template.stacks.values())
-
-
-def started_by(pid: int, known: Container[int]) -> list[int]:
-    """Processes of a guest's branch beside itself: what it started, and what outlived its parent."""
-    orphans = [child for child in _children_of(1) if child not in known]
-    if not orphans and not _children_of(pid):
-        return []
-    space = namespace_of(pid)
-    return [other for other in others() if other != pid and other not in known and namespace_of(other) == space]
-
-
-def others() -> list[int]:
-    """Numbers of all processes of the box but this one."""
-    return [int(word) for word in os.listdir("/proc") if word.isdigit() and word != "1"]
-
-
-def namespace_of(pid: int) -> str:
-    """Which mount namespace a process is in, and so which branch it belongs to; "" for none."""
-    try:
-        return os.readlink(f"/proc/{pid}/ns/mnt")
-    except OSError:
-        return ""
-
-
-def _children_of(pid: int) -> list[int]:
-    """Children of all its threads; guests and frozen copies are this process's own, as orphans are."""
-    found: list[int] = []
-    with contextlib.suppress(OSError):
-        for task in os.listdir(f"/proc/{pid}/task"):
-            found += [int(word) for word in Path(f"/proc/{pid}/task/{task}/children").read_text().split()]
-    return found
-
-
-def private_bytes(pid: int) -> int:
-    """Bytes that only this process holds; 0 when it is gone."""
-    return _rollup(pid, "Private_Dirty:")
-
-
-def held_bytes(pid: int) -> int:
-    """Bytes that this process holds, those that it shares in proportion; 0 when it is gone."""
-    return _rollup(pid, "Pss:")
-
-
-def _rollup(pid: int, what: str) -> int:
-    try:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith(what):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 0
 
 
 def _attach(home: Home, guest: Guest, mounted: Mounted) -> None:
@@ -421,15 +373,15 @@ def _told_number(connection: socket.socket) -> int:
         raise GuestGone(f"the process in the box is gone or hangs ({error})") from error
     if -4096 < pid < 0:
         raise OSError(-pid, os.strerror(-pid))
-    if pid <= 1 or parent_of(pid) != 1:
+    if pid <= 1 or processes.parent_of(pid) != 1:
         raise GuestGone("the process in the box broke the protocol")
     return pid
 
 
 def _newborn(before: set[int], guest: Guest) -> int:
     """The one child of the guest's branch that was not there before: a frozen copy, whatever the guest says."""
-    space = namespace_of(guest.pid)
-    born = [pid for pid in _children_of(1) if pid not in before and namespace_of(pid) == space]
+    space = processes.namespace_of(guest.pid)
+    born = [pid for pid in processes.children_of(1) if pid not in before and processes.namespace_of(pid) == space]
     if len(born) != 1:
         raise GuestGone("the process in the box broke the protocol")
     return born[0]
@@ -438,16 +390,3 @@ def _newborn(before: set[int], guest: Guest) -> int:
 def _reasons(told: Mapping[str, Any]) -> list[str]:
     found = told.get("refused")
     return [str(reason)[:200] for reason in found[:20]] if isinstance(found, list) else ["unknown"]
-
-
-def parent_of(pid: int) -> int:
-    """Its parent's number, 0 when it is gone."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-    except (OSError, IndexError, ValueError):
-        return 0
-
-
-def _kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)

@@ -7,7 +7,7 @@ import errno
 import os
 from collections.abc import Callable
 
-from . import filter, guests
+from . import filter, processes
 
 
 def decide(listener: int, branch_of: Callable[[int], list[int]]) -> None:
@@ -33,19 +33,12 @@ def decide(listener: int, branch_of: Callable[[int], list[int]]) -> None:
 def _own_group(group: int, allowed: list[int]) -> bool:
     if group <= 1:
         return False
-    members = [pid for pid in guests.others() if _group_of(pid) == group]
+    members = [pid for pid in processes.others() if processes.group_of(pid) == group]
     return bool(members) and all(pid in allowed for pid in members)
 
 
 def _own_thread(thread: int, sender: int) -> bool:
     return thread > 0 and os.path.exists(f"/proc/{sender}/task/{thread}")
-
-
-def _group_of(pid: int) -> int:
-    try:
-        return os.getpgid(pid)
-    except OSError:
-        return -1
 
 
 def _signed(value: int) -> int:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import files, guestroot, guests, kernel, signals
+from . import files, guestroot, guests, kernel, processes, signals
 from .calls import LOOK_EVERY_S, Call, Calls
 from .layers import Layers
 from .tree import PRISTINE, Tree
@@ -169,7 +169,7 @@ class Supervisor:
             self._close(seat)
 
     def _branch(self, guest: guests.Guest) -> list[int]:
-        return [guest.pid, *guests.started_by(guest.pid, self.tree.pids())]
+        return [guest.pid, *processes.started_by(guest.pid, self.tree.pids())]
 
     def _branch_of(self, pid: int) -> list[int]:
         branches = (self._branch(seat.guest) for seat in self.seats.values())
@@ -221,7 +221,7 @@ class Supervisor:
                 return self.tree.add(seat.guest, plain=True)
             except guests.NotPlain:
                 seat.plain = False
-        left = [pid for pid in self._branch(seat.guest)[1:] if guests.parent_of(pid) == 1]
+        left = [pid for pid in self._branch(seat.guest)[1:] if processes.parent_of(pid) == 1]
         if left:  # its own children a guest looks for itself
             raise guests.Refused([f"the running process {pid}" for pid in left])
         return self.tree.add(seat.guest, plain=False)
@@ -309,7 +309,7 @@ class Supervisor:
             "layers": len(self.tree.layers),
             "depth": max(len(mount.stack) for mount in seat.guest.mounted.values()),
             "spares": sum(t.spare is not None for t in templates),
-            "processes": len(guests.others()),
+            "processes": len(processes.others()),
         }
 
     _HANDLERS: dict[str, Callable[..., dict[str, Any] | None]] = {  # noqa: RUF012

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Literal
 
 from . import cgroup, kernel
-from .box import Box, BoxError, Limits
+from .box import Box
+from .terms import BoxError, Limits
 
 Mode = Literal["full", "copy"]
 

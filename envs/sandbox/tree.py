@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from . import guests
+from . import guests, processes
 from .guests import Guest, Home, Template
 from .layers import Layers
 
@@ -112,7 +112,7 @@ class Tree:
     def measured(self) -> int:
         """Bytes that only the frozen copies hold."""
         for template in self.templates.values():
-            template.cost = template.cost or guests.private_bytes(template.pid)
+            template.cost = template.cost or processes.private_bytes(template.pid)
         return sum(template.cost for template in self.templates.values())
 
     @property
@@ -133,7 +133,7 @@ class Tree:
                     self.dying.add(template.pid)
                     guests.renew(template)
                     self.dying.discard(template.pid)
-                template.cost = guests.private_bytes(template.pid)
+                template.cost = processes.private_bytes(template.pid)
             self._make_room(in_use)
         elif self._unwanted:
             self.remove(self._unwanted.pop(0))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import errno
 import gc
 import linecache
 import os
@@ -213,7 +214,7 @@ def _template(connection: socket.socket, fork: Fork) -> socket.socket:
                 child = fork()
             except OSError as error:  # too many processes: whoever asked may ask again
                 with _socket(fds[0]) as asked:
-                    asked.send(str(-error.errno).rjust(8).encode())
+                    asked.send(str(-(error.errno or errno.EAGAIN)).rjust(8).encode())
                 continue
             if child == 0:
                 connection.close()

@@ -1,0 +1,106 @@
+"""The processes of a box as the supervisor sees them: whose child, in which branch, how large, how busy."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Container
+from pathlib import Path
+
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def started_by(pid: int, known: Container[int]) -> list[int]:
+    """Processes of a guest's branch beside itself: what it started, and what outlived its parent."""
+    orphans = [child for child in children_of(1) if child not in known]
+    if not orphans and not children_of(pid):
+        return []
+    return [other for other in in_namespace(namespace_of(pid), known) if other != pid]
+
+
+def in_namespace(space: str, known: Container[int]) -> list[int]:
+    """Processes in a mount namespace that are not known; none in none ("")."""
+    return [pid for pid in others() if space and pid not in known and namespace_of(pid) == space]
+
+
+def others() -> list[int]:
+    """Numbers of all processes of the box but this one."""
+    return [int(word) for word in os.listdir("/proc") if word.isdigit() and word != "1"]
+
+
+def namespace_of(pid: int) -> str:
+    """Which mount namespace a process is in, and so which branch it belongs to; "" for none."""
+    try:
+        return os.readlink(f"/proc/{pid}/ns/mnt")
+    except OSError:
+        return ""
+
+
+def children_of(pid: int) -> list[int]:
+    """Children of all its threads; guests and frozen copies are this process's own, as orphans are."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            found += [int(word) for word in Path(f"/proc/{pid}/task/{task}/children").read_text().split()]
+    return found
+
+
+def private_bytes(pid: int) -> int:
+    """Bytes that only this process holds; 0 when it is gone."""
+    return _rollup(pid, "Private_Dirty:")
+
+
+def held_bytes(pid: int) -> int:
+    """Bytes that this process holds, those that it shares in proportion; 0 when it is gone."""
+    return _rollup(pid, "Pss:")
+
+
+def _rollup(pid: int, what: str) -> int:
+    try:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith(what):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0
+
+
+def parent_of(pid: int) -> int:
+    """Its parent's number, 0 when it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def kill(pid: int) -> None:
+    """At once, and no matter whether it is there."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def cpu_of(pid: int) -> float:
+    """Seconds of processor time that it has used; 0 when it is gone."""
+    try:
+        parts = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(parts[11]) + int(parts[12])) / _TICKS
+    except (OSError, IndexError):
+        return 0.0
+
+
+def resident(pid: int) -> int:
+    """Bytes that it has in memory, shared ones too: an upper bound of what it holds; 0 when it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE
+    except (OSError, IndexError):
+        return 0
+
+
+def group_of(pid: int) -> int:
+    """Its process group; -1 when it is gone."""
+    try:
+        return os.getpgid(pid)
+    except OSError:
+        return -1
