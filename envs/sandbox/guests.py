@@ -134,8 +134,12 @@ def _become(
         connection = socket.socket(fileno=3)
         os.closerange(4, 4096)
         os.set_inheritable(3, True)
-        for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        for number in signal.valid_signals() - {
+            signal.SIGKILL,
+            signal.SIGSTOP,
+        }:  # background jobs ignore SIGINT
             signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         os.execve(command[0], command, dict(environment))
     except BaseException as error:
         with contextlib.suppress(WireError, OSError):

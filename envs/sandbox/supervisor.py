@@ -22,15 +22,13 @@ from typing import Any
 from . import files, guestroot, guests, kernel, processes, signals
 from .calls import LOOK_EVERY_S, Call, Calls
 from .layers import Layers
-from .tree import PRISTINE, Tree
+from .tree import NO_ROOM, PRISTINE, Tree
 from .wire import WireError, receive, send
 
 GUEST = 1000
 """The guest's user and group number, as seen inside."""
 
 CHORES_AFTER_S = 0.005
-REAP_SECONDS = 2.0
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EAGAIN, errno.ENOMEM)
 
 
 class Mistake(Exception):
@@ -93,15 +91,10 @@ class Supervisor:
                 if key.fd in self.selector.get_map():
                     key.data(key.fd)
             self.calls.look_after()
-            self._reap()
+            self.tree.reap()
             if not events:
                 with contextlib.suppress(OSError, guests.GuestGone):  # no room, say: who needs it done will be told
                     self._chore()
-
-    def _reap(self) -> None:
-        with contextlib.suppress(ChildProcessError):
-            while pid := os.waitpid(-1, os.WNOHANG)[0]:
-                self.tree.dying.discard(pid)
 
     def _chore(self) -> None:
         seat = self._not_looked()
@@ -160,7 +153,7 @@ class Supervisor:
         except guests.GuestGone as gone:
             return {"error": "guest_gone", "message": str(gone)}
         except OSError as error:
-            return {"error": "full" if error.errno in _NO_ROOM else "box_failed", "message": str(error)}
+            return {"error": "full" if error.errno in NO_ROOM else "box_failed", "message": str(error)}
 
     def _tell(self, seat: Seat, reply: dict[str, Any]) -> None:
         try:
@@ -232,32 +225,14 @@ class Supervisor:
             raise Mistake("no_snapshot", f"there is no snapshot {number} (any more)")
         return found
 
-    def _rollback(self, seat: Seat, message: dict[str, Any], _fds: list[int]) -> dict[str, Any] | None:
+    def _rollback(self, seat: Seat, message: dict[str, Any], _fds: list[int]) -> None:
         template = self._known(message.get("snapshot"))
         old = seat.guest
         self.tree.touch(template)
-        try:
-            seat.guest, warm = self.tree.go_on(template)
-        except OSError as error:
-            if error.errno not in _NO_ROOM:
-                raise
-            return self._rollback_first_ending(seat, template)
+        seat.guest, warm = self.tree.go_back(template, old)
         seat.at, seat.plain = template.number, template.plain
         self._tell(seat, {"rolled_back": template.number, "warm": int(warm)})
         self.tree.end(old)
-        return None
-
-    def _rollback_first_ending(self, seat: Seat, template: guests.Template) -> dict[str, Any]:
-        """There is no room beside what is rolled back: that goes first."""
-        self.tree.end(seat.guest)
-        while self.tree.layers.chores:
-            self.tree.layers.chore()
-        deadline = time.monotonic() + REAP_SECONDS
-        while seat.guest.pid in self.tree.dying and time.monotonic() < deadline:  # until then it counts as a process
-            self._reap()
-        seat.guest, _ = self.tree.go_on(template)
-        seat.at, seat.plain = template.number, template.plain
-        return {"rolled_back": template.number, "warm": 0}
 
     def _make_branch(self, _seat: Seat, message: dict[str, Any], fds: list[int]) -> dict[str, Any]:
         if not fds:

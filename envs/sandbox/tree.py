@@ -6,6 +6,9 @@ what nobody waits for (spares, merging, measuring, deleting) is done by `chore`,
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import time
 from collections.abc import Iterable
 from dataclasses import replace
@@ -20,6 +23,9 @@ PRISTINE = 0
 
 MOST_UNWANTED = 64
 """Snapshots without a handle that may wait for spare time to go."""
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EAGAIN, errno.ENOMEM)
+REAP_SECONDS = 2.0
 
 RENEW_ABOVE = 10
 """Forks in a row before a frozen copy gets pages of its own."""
@@ -92,10 +98,49 @@ class Tree:
         """
         mounts = guest.mounted.items()
         stacks = {name: self.layers.short(name, (*mount.stack, mount.layer)) for name, mount in mounts}
-        made = guests.fork(self.home, self.layers, replace(template, stacks=stacks))
+        self.layers.hold(stacks.values())
+        try:
+            made = self._fork_in_place_of(guest, replace(template, stacks=stacks))
+        finally:
+            self.layers.release(stacks.values())
         self.live.add(made.pid)
         self.end(guest)
         return made
+
+    def go_back(self, template: Template, guest: Guest) -> tuple[Guest, bool]:
+        """A guest that goes on from a snapshot in the place of `guest`, which is ended first where there is no room for
+        both and by the caller otherwise; and whether it stood ready. Raises `GuestGone`, `OSError`.
+        """
+        if template.spare is not None:
+            return self.go_on(template)
+        made = self._fork_in_place_of(guest, template)
+        self.live.add(made.pid)
+        return made, False
+
+    def _fork_in_place_of(self, guest: Guest, template: Template) -> Guest:
+        try:
+            return guests.fork(self.home, self.layers, template)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+        self.end(guest)
+        while self.layers.chores:
+            self.layers.chore()
+        deadline = time.monotonic() + REAP_SECONDS
+        while True:  # who was killed counts until it is reaped
+            self.reap()
+            try:
+                return guests.fork(self.home, self.layers, template)
+            except OSError as error:
+                if error.errno not in NO_ROOM or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.005)
+
+    def reap(self) -> None:
+        """Take note of who has ended."""
+        with contextlib.suppress(ChildProcessError):
+            while pid := os.waitpid(-1, os.WNOHANG)[0]:
+                self.dying.discard(pid)
 
     def end(self, guest: Guest) -> None:
         """A live guest, and all that its branch runs, ends."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -189,6 +191,20 @@ def test_threads_of_numpys_blas_are_no_obstacle(boxes_work: None, workspace: Pat
         assert box.python("(a @ a)[0, 0]").text == "np.float64(400.0)\n"
         box.rollback(here)
         assert box.python("(a @ a)[0, 0], np.random.default_rng(0).random()").text.startswith("(np.float64(400.0)")
+
+
+def test_a_box_of_a_background_job_can_be_interrupted(boxes_work: None) -> None:
+    """A shell's `command &` starts with SIGINT ignored, and everything below it would."""
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])\n"
+        "from espalier.envs.sandbox import Box\n"
+        "with Box() as box:\n"
+        "    out = box.python('while True: pass', seconds=2)\n"
+        "    print(out.stopped, out.restarted)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "time False\n", done.stderr
 
 
 def test_a_call_beyond_its_time_is_interrupted_and_the_interpreter_stays(box: Box) -> None:
