@@ -43,7 +43,9 @@ class PolicySection(Section):
     """The model."""
 
     base: str = "tiny"
-    """"tiny" (the shipped policy), a folder with weights and tokenizer, or a model id in the Hugging Face cache."""
+    """"tiny" or "tiny-code" (shipped: for spreadsheets, for coding), a folder with weights and tokenizer, or a model id
+    in the Hugging Face cache.
+    """
     from_adapter: Path | None = None
     """Start from this PEFT adapter instead of a new one."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

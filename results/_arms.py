@@ -1,4 +1,4 @@
-"""The contenders of the learning benchmark. Each starts from the shipped base, has the same tasks, budgets and threads,
+"""The contenders of the learning benchmarks. Each starts from the shipped base, has the same tasks, budgets and threads,
 and is measured by the same evaluation on the same held-out tasks; each runs in a process of its own, so that its peak
 memory is its own.
 """
@@ -18,13 +18,11 @@ from espalier.configs.load import load
 from espalier.configs.schema import RunConfig
 from espalier.rollouts.types import Group, Trajectory
 
-CONFIG = "spreadsheet-tiny"
 
-
-def configuration(arm: str, seed: int, out: Path, overrides: Sequence[str]) -> RunConfig:
-    """The demo's configuration under another name, seed and folder."""
+def configuration(config: str, arm: str, seed: int, out: Path, overrides: Sequence[str]) -> RunConfig:
+    """A shipped configuration under another name, seed and folder."""
     fixed = ["--name", f"{arm}-{seed}", "--seed", str(seed), "--out", str(out)]
-    return load(CONFIG, [*fixed, *overrides])
+    return load(config, [*fixed, *overrides])
 
 
 def measured(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -75,6 +73,7 @@ def grpo(config: RunConfig, shuffled: bool = False) -> dict[str, Any]:
     keep = ("step", "reward_mean", "entropy", "groups_no_signal", "failures", "seconds_rollout", "seconds_train")
     return {
         **measured([r for r in evals if r["step"] == result["steps"]][-2:]),
+        "before": measured([r for r in evals if r["step"] == 0]),
         "curve": [{k: r[k] for k in ("step", "mode", "pass1", "low", "high", "n")} for r in evals],
         "steps": [{k: r[k] for k in keep} for r in steps],
         "episodes": sum(r["episodes"] for r in steps),
@@ -170,17 +169,13 @@ def imitation_continued(config: RunConfig, seconds: float) -> dict[str, Any]:
     """The base's own recipe for as long as GRPO took, on fresh demonstrations of the same faulty expert; on the CPU,
     wherever GRPO ran.
     """
-    from espalier.envs.spreadsheet.env import SpreadsheetEnv
-    from espalier.envs.spreadsheet.expert import FaultModel
-    from espalier.trainer.demonstrations import sketch_task
-    from espalier.trainer.imitate import TOOLS, continue_imitation
+    from espalier.trainer.imitate import continue_imitation
+    from espalier.trainer.lessons import Spreadsheets
     from espalier.trainer.policy import resolve_base
 
     folder = config.out / config.name
-    env = SpreadsheetEnv([sketch_task(0, 0, "total")], tools=TOOLS, terse=True)
-    steps = continue_imitation(
-        resolve_base(config.policy.base), folder / "model", env, FaultModel(), config.seed + 1000, seconds
-    )
+    base = resolve_base(config.policy.base)
+    steps = continue_imitation(base, folder / "model", Spreadsheets(), config.seed + 1000, seconds)
     policy = config.policy.model_copy(update={"base": str(folder / "model")})
     return {**final(config.model_copy(update={"policy": policy}), "base"), "steps": steps, "seconds": seconds}
 
@@ -192,11 +187,13 @@ def final(config: RunConfig, policy: str) -> dict[str, Any]:
     return measured([r.event() for r in evaluate_config(config, policy).results])
 
 
-def carry_out(arm: str, seed: int, out: Path, overrides: Sequence[str], more: dict[str, Any]) -> dict[str, Any]:
+def carry_out(
+    shipped: str, arm: str, seed: int, out: Path, overrides: Sequence[str], more: dict[str, Any]
+) -> dict[str, Any]:
     """One arm, from a clean folder; called in a fresh process."""
     from espalier.trainer.loop import peak_gb
 
-    config = configuration(arm, seed, out, overrides)
+    config = configuration(shipped, arm, seed, out, overrides)
     shutil.rmtree(config.out / config.name, ignore_errors=True)
     arms: dict[str, Callable[..., dict[str, Any]]] = {
         "base": base,

@@ -205,7 +205,10 @@ def _build() -> argparse.ArgumentParser:
     envs.add_argument("action", choices=["list", "check"])
     envs.add_argument("id", nargs="?", metavar="ID", help="a Gymnasium id, for check")
 
-    make = command("make-policy", commands.make_policy, "rebuild the shipped tiny policy from nothing, by seed")
+    make = command("make-policy", commands.make_policy, "rebuild a shipped policy from nothing, by seed")
+    make.add_argument(
+        "subject", nargs="?", choices=["spreadsheet", "code"], default="spreadsheet", help="what it learns"
+    )
     make.add_argument("--seed", type=int, default=0)
     make.add_argument("--to", type=Path, default=Path("policies/tiny"), metavar="DIR")
 

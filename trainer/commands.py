@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from ..configs.load import load
@@ -240,13 +241,14 @@ def export(args: argparse.Namespace) -> Result:
 
 
 def make_policy(args: argparse.Namespace) -> Result:
-    """Rebuild the shipped tiny policy from nothing."""
+    """Rebuild a shipped policy from nothing."""
     if args.to.exists():
         raise UserError(f"{args.to} exists already; name a new folder in --to.")
-    from .imitate import Recipe
+    from .imitate import RECIPES
     from .imitate import make_policy as make
+    from .lessons import SUBJECTS
 
-    make(args.to, Recipe(seed=args.seed))
+    make(args.to, SUBJECTS[args.subject](), replace(RECIPES[args.subject], seed=args.seed))
     if not args.json:
         print(f"policy in {args.to}; use it with --policy.base {args.to}")
     return {"to": str(args.to), "seed": args.seed}

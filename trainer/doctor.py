@@ -23,6 +23,7 @@ from packaging.specifiers import SpecifierSet
 
 from ..envs.sandbox.survey import survey
 from ..rollouts.samplers.vllm_limits import INSTALL_VLLM
+from .shipped import SHIPPED
 
 Status = Literal["ok", "warn", "bad"]
 
@@ -51,7 +52,7 @@ def examine(folder: Path) -> list[Finding]:
         *_torch(),
         *_clashes(),
         _vllm(),
-        _tiny_policy(),
+        _shipped_policies(),
         _threads(),
         _memory(),
         _disk(folder),
@@ -139,13 +140,15 @@ def _vllm() -> Finding:
     return Finding("vLLM", "warn", detail, INSTALL_VLLM + " (optional)")
 
 
-def _tiny_policy() -> Finding:
-    folder = Path(__file__).parent / "policies" / "tiny"
-    files = [path for path in folder.glob("*") if path.is_file()] if folder.is_dir() else []
-    if not any(path.suffix == ".safetensors" for path in files):
-        mend = "espalier make-policy (minutes), or install the package again"
-        return Finding("tiny policy", "bad", f"no weights in {folder}", mend)
-    return Finding("tiny policy", "ok", f"{sum(path.stat().st_size for path in files) / 1e6:.1f} MB")
+def _shipped_policies() -> Finding:
+    sizes = {}
+    for name, (folder, subject) in SHIPPED.items():
+        files = [path for path in folder.glob("*") if path.is_file()] if folder.is_dir() else []
+        if not any(path.suffix == ".safetensors" for path in files):
+            mend = f"espalier make-policy {subject} --to {folder} (minutes), or install the package again"
+            return Finding("shipped policies", "bad", f"no weights in {folder}", mend)
+        sizes[name] = sum(path.stat().st_size for path in files) / 1e6
+    return Finding("shipped policies", "ok", ", ".join(f"{name} {size:.1f} MB" for name, size in sizes.items()))
 
 
 def _threads() -> Finding:

@@ -319,13 +319,13 @@ def _engines(config: RunConfig) -> dict[str, str]:
 
 
 def _lines(report: EvalReport) -> list[str]:
-    policy = report.policy
+    policy, engines = report.policy, ", ".join(f"{name} {version}" for name, version in report.engines.items())
+    workbooks = f", {report.cases} workbooks" if engines else ""
     lines = [
-        f"data       {report.dataset}: {report.tasks} tasks, {report.cases} workbooks (sha256 {report.sha256[:16]})",
+        f"data       {report.dataset}: {report.tasks} tasks{workbooks} (sha256 {report.sha256[:16]})",
         f"left out   {len(report.dropped)} tasks",
         *(f"             {task}: {why}" for task, why in report.dropped.items()),
-        f"engines    {', '.join(f'{name} {version}' for name, version in report.engines.items()) or '-'}",
-        f"protocol   {report.protocol}",
+        *([f"engines    {engines}", f"protocol   {report.protocol}"] if engines else []),
         f"policy     {policy['base']}, version {policy['version']} (sha256 {policy['digest'][:16]})",
         f"nothing    hard {report.do_nothing.hard:.1%}, soft {report.do_nothing.soft:.1%}"
         + (f", {report.do_nothing.ungraded} tasks without verdict" if report.do_nothing.ungraded else ""),

@@ -17,6 +17,7 @@ from .errors import UserError
 from .model import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from .policy import PolicyStore, UnknownVersion, resolve_base
 from .runs import Run
+from .shipped import SHIPPED
 
 
 def export(run: Run, to: Path, number: int | None = None, *, merged: bool = False) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def _write(folder: Path, run: Run, base: Path, version: PolicyVersion, *, merged
 def _base_name(run: Run, base: Path) -> str:
     """How another machine finds the base: its model id, or the folder where it stands here."""
     name = run.config.policy.base
-    return str(base) if name == "tiny" or Path(name).exists() else name
+    return str(base) if name in SHIPPED or Path(name).exists() else name
 
 
 def _write_merged(folder: Path, base: Path, version: PolicyVersion) -> None:

@@ -1,4 +1,4 @@
-"""Makes the shipped base policy from nothing, by seed: `espalier make-policy`.
+"""Makes the shipped base policies from nothing, by seed: `espalier make-policy`.
 
 Two steps: train the tokenizer on demonstrations; imitate the faulty expert. Hidden matrices are trained by Muon,
 embeddings and norms by AdamW: with AdamW alone, copying by content does not form within the time, and nothing else
@@ -11,10 +11,10 @@ Always true: the same recipe and number of threads give the same policy on the s
 from __future__ import annotations
 
 import json
-import random
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import islice
@@ -25,22 +25,15 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from ..envs.spreadsheet.env import SpreadsheetEnv
-from ..envs.spreadsheet.expert import FAULTS, FaultModel
+from ..envs.core import AgentEnv
 from ..rollouts.render import make_renderer
-from .demonstrations import (
-    Demonstration,
-    corpus,
-    demonstrate,
-    demonstration_tasks,
-    sketch_task,
-)
+from .demonstrations import Demonstration, corpus, demonstrate
+from .lessons import Spreadsheets, Subject
 from .muon import Muon
 from .tokenizer import build_tokenizer
 
 IGNORE = -100
 WINDOW = 8
-TOOLS = ("inspect_range", "find_cells", "write_range", "clear_range", "fill_formula", "submit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +58,17 @@ class Recipe:
     threads: int = 1
 
 
+RECIPES: Mapping[str, Recipe] = {"spreadsheet": Recipe(), "code": Recipe(demonstrations=12_000, steps=1_500)}
+"""How the shipped policies were made, by subject."""
+
+
 def make_policy(
-    out: Path, recipe: Recipe | None = None, faults: FaultModel | None = None, say: Callable[[str], None] = print
+    out: Path, subject: Subject | None = None, recipe: Recipe | None = None, say: Callable[[str], None] = print
 ) -> Path:
-    """Write model, tokenizer and `policy.json` (the recipe) to `out`. Raises `FileExistsError` if it is there."""
-    recipe, faults = recipe or Recipe(), faults or FaultModel()
+    """Write model, tokenizer and `policy.json` (the recipe) to `out`; the subject is spreadsheets unless another is
+    given. Raises `FileExistsError` if it is there.
+    """
+    recipe, subject = recipe or Recipe(), subject or Spreadsheets()
     if out.exists():
         raise FileExistsError(f"{out} exists already; choose another folder or remove it")
     torch.set_num_threads(recipe.threads)
@@ -77,27 +76,29 @@ def make_policy(
     started = time.monotonic()
     work = out.with_name(out.name + ".partial")
     shutil.rmtree(work, ignore_errors=True)
-    env = SpreadsheetEnv([sketch_task(recipe.seed, 0, "total")], tools=TOOLS, terse=True)
-    tokenizer = train_tokenizer(env, recipe, faults)
-    tokenizer.save_pretrained(work)
-    model = Qwen3ForCausalLM(architecture(recipe, len(tokenizer)))
-    say(f"tokenizer: {len(tokenizer)} tokens; model: {model.num_parameters():,} parameters")
-    learner = Learner(model, recipe)
-    data = list(demonstrations(env, work, recipe, faults))
+    env = subject.environment()
+    try:
+        tokenizer = train_tokenizer(env, subject, recipe)
+        tokenizer.save_pretrained(work)
+        model = Qwen3ForCausalLM(architecture(recipe, len(tokenizer)))
+        say(f"tokenizer: {len(tokenizer)} tokens; model: {model.num_parameters():,} parameters")
+        learner = Learner(model, recipe)
+        data = list(demonstrations(env, work, subject, recipe))
+    finally:
+        env.close()
     say(f"demonstrations: {len(data)}, {sum(len(d.tokens) for d in data) / len(data):.0f} tokens each")
     teach(learner, data, recipe, say)
     model.save_pretrained(work)
-    _write_card(work, recipe, faults, model.num_parameters(), time.monotonic() - started)
+    _write_card(work, subject, recipe, model.num_parameters(), time.monotonic() - started)
     work.rename(out)
     say(f"wrote {out} after {time.monotonic() - started:.0f} s")
     return out
 
 
-def train_tokenizer(env: SpreadsheetEnv, recipe: Recipe, faults: FaultModel) -> PreTrainedTokenizerFast:
-    """The tokenizer, from demonstrations of all families alike."""
-    even = FaultModel(weights=dict.fromkeys(faults.weights, 1.0))
-    texts = corpus(env, demonstration_tasks(recipe.seed + 1, 2_000, even), recipe.seed, faults)
-    return build_tokenizer(texts, [tool.to_openai(terse=True) for tool in env.tools], recipe.merges)
+def train_tokenizer(env: AgentEnv, subject: Subject, recipe: Recipe) -> PreTrainedTokenizerFast:
+    """The tokenizer, from lessons of all kinds alike."""
+    texts = corpus(env, subject.samples(recipe.seed, 2_000))
+    return build_tokenizer(texts, [tool.to_openai(terse=True) for tool in env.tools], recipe.merges, subject.pieces)
 
 
 def architecture(recipe: Recipe, vocab_size: int) -> Qwen3Config:
@@ -144,12 +145,11 @@ class Learner:
         return loss.item(), (logits.argmax(-1) == target).float().mean().item()
 
 
-def demonstrations(env: SpreadsheetEnv, tokenizer: Path, recipe: Recipe, faults: FaultModel) -> Iterator[Demonstration]:
+def demonstrations(env: AgentEnv, tokenizer: Path, subject: Subject, recipe: Recipe) -> Iterator[Demonstration]:
     """Demonstrations, each of its own task."""
     renderer = make_renderer(tokenizer, thinking=False)
-    rng = random.Random(f"faults/{recipe.seed}")
-    for task in demonstration_tasks(recipe.seed, recipe.demonstrations, faults):
-        yield demonstrate(env, renderer, task, rng, faults)
+    for lesson in subject.lessons(recipe.seed, recipe.demonstrations):
+        yield demonstrate(env, renderer, lesson)
 
 
 def teach(learner: Learner, data: Sequence[Demonstration], recipe: Recipe, say: Callable[[str], None]) -> None:
@@ -165,9 +165,7 @@ def teach(learner: Learner, data: Sequence[Demonstration], recipe: Recipe, say: 
             say(f"imitation: step {step}/{recipe.steps}, loss {loss:.3f}, next token right {accuracy:.3f}")
 
 
-def continue_imitation(
-    base: Path, out: Path, env: SpreadsheetEnv, faults: FaultModel, seed: int, seconds: float, count: int = 8_000
-) -> int:
+def continue_imitation(base: Path, out: Path, subject: Subject, seed: int, seconds: float, count: int = 8_000) -> int:
     """Train the policy in `base` for `seconds` more on `count` fresh demonstrations and write it to `out`; steps done.
 
     The control that any gain by reinforcement learning is held against. The learning rate falls to zero over the time.
@@ -175,7 +173,8 @@ def continue_imitation(
     recipe = Recipe(seed=seed, demonstrations=count)
     model = Qwen3ForCausalLM.from_pretrained(base)
     learner = Learner(model, recipe)
-    batches = epochs(list(demonstrations(env, base, recipe, faults)), recipe.batch, seed)
+    with closing(subject.environment()) as env:
+        batches = epochs(list(demonstrations(env, base, subject, recipe)), recipe.batch, seed)
     steps, began = 0, time.monotonic()
     while (spent := time.monotonic() - began) < seconds:
         learner.step(*next(batches), 0.25 * (1.0 - spent / seconds))
@@ -226,11 +225,11 @@ def _padded(picked: Sequence[Demonstration]) -> tuple[torch.Tensor, torch.Tensor
     return tokens, labels
 
 
-def _write_card(folder: Path, recipe: Recipe, faults: FaultModel, parameters: int, seconds: float) -> None:
+def _write_card(folder: Path, subject: Subject, recipe: Recipe, parameters: int, seconds: float) -> None:
     card = {
         "recipe": asdict(recipe),
-        "faults": {name: getattr(faults, name) for name in FAULTS} | {"weights": dict(faults.weights)},
-        "tools": TOOLS,
+        **subject.card(),
+        "tools": list(subject.tools),
         "parameters": parameters,
         "seconds": round(seconds),
         "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "ironcalc")},

@@ -15,6 +15,7 @@ from ..configs.schema import RunConfig
 from ..rollouts.samplers.vllm_limits import INSTALL_VLLM
 from .placement import Needs, Placement, place
 from .shapes import Shape, find_model, find_shape
+from .shipped import SHIPPED
 from .speed import UTILISATION, find_card, sampled_limit, trained_limit
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -287,8 +288,8 @@ def _missing(config: RunConfig, shape: Shape | None) -> list[Missing]:
 
 def missing_model(base: str) -> Missing:
     """What to say about a base that `find_model` does not find."""
-    if base == "tiny":
-        return Missing("the shipped tiny policy", "espalier make-policy, or install the package again")
+    if base in SHIPPED:
+        return Missing(f"the shipped policy {base}", "espalier make-policy, or install the package again")
     if Path(base).exists() or base.startswith((".", "/")):
         return Missing(f"the model: no config.json and weights in {base}", "name a folder that holds both")
     return Missing(f"the model {base}: not in the Hugging Face cache", f"hf download {base}")

@@ -26,9 +26,9 @@ from .durable import (
     verify_folder,
 )
 from .errors import UserError
+from .shipped import SHIPPED
 
 _NAME = re.compile(r"v(\d{6,})")
-SHIPPED = Path(__file__).parent / "policies" / "tiny"
 
 
 class CorruptVersion(CorruptFolder):
@@ -127,13 +127,16 @@ class UnknownBase(UserError):
 
 
 def resolve_base(name: str) -> Path:
-    """The folder of a base model: "tiny" (shipped), a folder, or a model id in the local Hugging Face cache. Raises
-    UnknownBase.
+    """The folder of a base model: a shipped one by its name, a folder, or a model id in the local Hugging Face cache.
+    Raises UnknownBase.
     """
-    if name == "tiny":
-        if not (SHIPPED / "config.json").is_file():
-            raise UnknownBase(f"the shipped policy is not at {SHIPPED}; rebuild it with: espalier make-policy")
-        return SHIPPED
+    if name in SHIPPED:
+        shipped, subject = SHIPPED[name]
+        if not (shipped / "config.json").is_file():
+            raise UnknownBase(
+                f"the shipped policy is not at {shipped}; make it with: espalier make-policy {subject} --to {shipped}"
+            )
+        return shipped
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..configs.schema import LoraSection
+from .shipped import SHIPPED
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +103,8 @@ def shape_of(values: Mapping[str, Any]) -> Shape:
 
 def find_model(base: str) -> Path | None:
     """The folder that holds a base's config.json and weights; None when it is not on this machine."""
-    if base == "tiny":
-        folder = Path(__file__).parent / "policies" / "tiny"
+    if base in SHIPPED:
+        folder, _ = SHIPPED[base]
         return folder if _has_weights(folder) else None
     if Path(base).is_dir():
         return Path(base) if _has_weights(Path(base)) else None

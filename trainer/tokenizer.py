@@ -12,6 +12,7 @@ import json
 import re
 import string
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,18 @@ from transformers import PreTrainedTokenizerFast
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MARKUP = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
 
-# Order matters: the first alternative that fits at a place wins.
-_PIECES = "|".join(
+
+@dataclass(frozen=True)
+class Pieces:
+    """How text is cut before pieces merge. `patterns`: the first that fits at a place wins; `spelt`: texts that must
+    be spelt by tokens of their own wherever they stand.
+    """
+
+    patterns: tuple[str, ...]
+    spelt: tuple[str, ...] = ()
+
+
+CELLS = Pieces(
     (
         r"(?<!\d)\d{1,2}(?!\d)",  # a row number or a small value
         r"\d",  # longer numbers digit by digit
@@ -36,8 +47,25 @@ _PIECES = "|".join(
         r" ",
         r"[^\sA-Za-z0-9$@:]+",  # punctuation in runs
         r"\s",
+    ),
+    (*(f"{n} " for n in range(100)), *(f"@{letter} " for letter in string.ascii_uppercase)),
+)
+"""For spreadsheets."""
+
+CODE = Pieces(
+    (
+        r"\\n *",  # a line's end and the next one's indentation, in a JSON string
+        r"\n *",  # and in a file
+        r" [a-z]+(?![A-Za-z_(.])",  # a word of prose, or a small name
+        r"[A-Za-z]+",  # part of a name: the same with and without a space before it, so that it can be copied
+        r"\d",
+        r" ",
+        r"[^\sA-Za-z0-9\\_]+",  # punctuation in runs
+        r"[\\_]",
+        r"\s",
     )
 )
+"""For programs."""
 
 _TOOLS_HEADER = (
     "system\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
@@ -70,13 +98,13 @@ def scaffolds(tools: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def build_tokenizer(
-    corpus: Iterable[str], tools: Sequence[Mapping[str, Any]], vocab_size: int
+    corpus: Iterable[str], tools: Sequence[Mapping[str, Any]], vocab_size: int, pieces: Pieces = CELLS
 ) -> PreTrainedTokenizerFast:
     """Train on `corpus`; `vocab_size` counts bytes and merges (special tokens and scaffolds come on top)."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"),
+            pre_tokenizers.Split(Regex("|".join(pieces.patterns)), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -88,8 +116,7 @@ def build_tokenizer(
         show_progress=False,
         min_frequency=2,
     )
-    references = [*(f"{n} " for n in range(100)), *(f"@{letter} " for letter in string.ascii_uppercase)]
-    tokenizer.train_from_iterator(_chain(_without(corpus, fixed), references * 50), trainer)
+    tokenizer.train_from_iterator(_chain(_without(corpus, fixed), list(pieces.spelt) * 50), trainer)
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in SPECIAL])
     tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t in (*MARKUP, *fixed)])
     return PreTrainedTokenizerFast(

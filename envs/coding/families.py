@@ -7,6 +7,10 @@ what the agent finds; held-out tasks have other names, other mistakes and other 
 from __future__ import annotations
 
 import random
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from keyword import iskeyword
 from typing import Any
 
 from .functions import FUNCTIONS, Function
@@ -19,24 +23,64 @@ HIDDEN = 6
 SHOWN = 2
 """Inputs that the visible tests try."""
 
-_PREFIXES = {"train": ("my", "the", "get", "make", "do"), "test": ("find", "calc", "run")}
-_MODULES = {"train": ("tools", "helpers", "lib", "core"), "test": ("work", "parts")}
+_PREFIXES = {
+    "train": ("all", "any", "base", "big", "do", "each", "fast", "get", "its", "make", "my", "new", "old", "our", "own",
+              "the", "top", "use", "your", "one"),
+    "test": ("calc", "find", "give", "keep", "plain", "run", "solve", "try"),
+}  # fmt: skip
+_MODULES = {
+    "train": ("craft", "core", "extra", "helpers", "lib", "more", "pack", "stuff", "tools", "things"),
+    "test": ("basics", "parts", "units", "work"),
+}
+_MADE_UP = 0.7
+"""Share of names in training tasks and lessons that are no words: what is learnt is to copy a name, not to know it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What a task is about, before its tests are drawn."""
+
+    family: str
+    function: Function
+    name: str
+    module: str
+
+
+def draw(split: str, seed: int, number: int) -> Draft:
+    """The draft of the task `number`. Splits: "train", "test", and "lesson", of which demonstrations are made: like
+    "train", but no task of a run.
+    """
+    return _draw(random.Random(f"code/{seed}/{split}/{number}"), split, number)
+
+
+def _draw(rng: random.Random, split: str, number: int) -> Draft:
+    function = FUNCTIONS[rng.randrange(len(FUNCTIONS))]
+    return Draft(
+        FAMILIES[number % 2], function, f"{_word(rng, split, _PREFIXES)}_{function.stem}", _word(rng, split, _MODULES)
+    )
+
+
+def _word(rng: random.Random, split: str, words: Mapping[str, tuple[str, ...]]) -> str:
+    if split == "test":
+        return rng.choice(words["test"])
+    made_up = rng.random() < _MADE_UP
+    while made_up:
+        word = "".join(rng.choice("bcdfghiklmnoprstuvwxyzae") for _ in range(rng.randrange(2, 7)))
+        if word not in words["test"] and not iskeyword(word) and word not in sys.stdlib_module_names:
+            return word
+    return rng.choice(words["train"])
 
 
 def generate(split: str, seed: int, number: int) -> CodeTask:
-    """The task `number` of a split ("train" or "test")."""
+    """The task `number` of a split (see `draw`)."""
     rng = random.Random(f"code/{seed}/{split}/{number}")
-    function = FUNCTIONS[rng.randrange(len(FUNCTIONS))]
-    family = FAMILIES[number % 2]
-    name = f"{rng.choice(_PREFIXES[split])}_{function.stem}"
-    module = rng.choice(_MODULES[split])
+    draft = _draw(rng, split, number)
+    function, name, module = draft.function, draft.name, draft.module
     correct = function.source.replace("NAME", name)
-    mistakes = [
-        m for i, m in enumerate(function.mistakes) if (i == 0) == (split == "train") or len(function.mistakes) == 1
-    ]
-    if family == "repair":
-        wrong, right = rng.choice(mistakes)[::-1]
-        begun = correct.replace(right, wrong)
+    if draft.family == "repair":
+        unseen = len(function.mistakes) > 1
+        mistakes = function.mistakes[1:] if split == "test" and unseen else function.mistakes[:1]
+        begun = correct.replace(*rng.choice(mistakes))
         says = f"{name} in {module}.py is meant to return {function.says}, but it is wrong. Repair it."
     else:
         begun = f"def {name}({function.parameters}):\n    pass\n"
@@ -47,7 +91,7 @@ def generate(split: str, seed: int, number: int) -> CodeTask:
     return CodeTask(
         id=f"code-{split}-{seed}-{number}",
         instruction=f"{says} test_{module}.py has examples.",
-        family=family,
+        family=draft.family,
         files={f"{module}.py": begun, f"test_{module}.py": shown},
         tests={f"test_hidden_{module}.py": hidden},
     )

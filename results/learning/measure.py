@@ -12,8 +12,8 @@ from multiprocessing import get_context
 from statistics import median
 from typing import Any
 
+import _arms
 import _bench
-import arms as contenders
 
 TITLES = {
     "grpo": "GRPO (Espalier)",
@@ -23,6 +23,7 @@ TITLES = {
     "base": "base",
 }
 QUICK = ["--trainer.steps", "1", "--trainer.groups", "4", "--eval.tasks", "10", "--eval.every", "0"]
+CONFIG = "spreadsheet-tiny"
 Found = dict[str, dict[int, dict[str, Any]]]
 
 
@@ -51,7 +52,8 @@ def main() -> None:
         "A small agent gets at least twice as good on spreadsheet tasks it has never seen.", seeds, figures, runs
     )
     if bench.folder is not None:
-        from picture import draw, report
+        from _arms_plot import draw
+        from page import report
 
         draw(found, seeds, TITLES, bench.folder / "plot.png")
         (bench.folder / "report.md").write_text(
@@ -66,7 +68,7 @@ def run(bench: _bench.Bench, found: Found, arm: str, seed: int, **more: Any) -> 
     def fresh() -> dict[str, Any]:
         print(f"seed {seed}: {TITLES[arm]} ...", file=sys.stderr, flush=True)
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            return pool.submit(contenders.carry_out, arm, seed, bench.arms, overrides, more).result()
+            return pool.submit(_arms.carry_out, CONFIG, arm, seed, bench.arms, overrides, more).result()
 
     found[arm][seed] = bench.arm({"arm": arm, "seed": seed, **more}, fresh)
 

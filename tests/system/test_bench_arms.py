@@ -16,14 +16,14 @@ SMALL = ["--trainer.groups", "4", "--env.task_count", "16", "--eval.tasks", "8",
 
 @pytest.fixture(scope="module")
 def arms():
-    spec = importlib.util.spec_from_file_location("learning_arms", ROOT / "results" / "learning" / "arms.py")
+    spec = importlib.util.spec_from_file_location("learning_arms", ROOT / "results" / "_arms.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def test_rejection_sampling_samples_the_base_and_imitates_what_succeeded(arms, tmp_path):
-    found = arms.carry_out("rejection", 0, tmp_path, SMALL, {"episodes": 32, "epochs": 1})
+    found = arms.carry_out("spreadsheet-tiny", "rejection", 0, tmp_path, SMALL, {"episodes": 32, "epochs": 1})
     assert found["episodes"] >= 32 and 0 < found["kept"] <= found["episodes"]
     assert found["sampled"]["n"] == found["greedy"]["n"] == 8
     assert sorted(p.name for p in (tmp_path / "rejection-0").glob("adapter-*")) == ["adapter-0", "adapter-1"]
@@ -35,7 +35,7 @@ def test_rejection_sampling_says_when_it_cannot(arms, tmp_path, monkeypatch):
 
     monkeypatch.setattr(TorchSampler, "sample", fail)
     with pytest.raises(RuntimeError, match=r"every episode failed: .*nobody samples here"):
-        arms.carry_out("rejection", 0, tmp_path, SMALL, {"episodes": 32, "epochs": 1})
+        arms.carry_out("spreadsheet-tiny", "rejection", 0, tmp_path, SMALL, {"episodes": 32, "epochs": 1})
 
 
 @pytest.mark.long

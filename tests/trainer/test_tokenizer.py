@@ -3,11 +3,9 @@
 import json
 
 import pytest
-from espalier.envs.spreadsheet.env import SpreadsheetEnv
-from espalier.envs.spreadsheet.expert import FaultModel
 from espalier.rollouts.render import make_renderer
-from espalier.trainer.demonstrations import corpus, demonstration_tasks, sketch_task
-from espalier.trainer.imitate import TOOLS
+from espalier.trainer.demonstrations import corpus
+from espalier.trainer.lessons import Spreadsheets
 from espalier.trainer.tokenizer import MARKUP, SPECIAL, build_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,13 +13,12 @@ from hypothesis import strategies as st
 
 @pytest.fixture(scope="module")
 def env():
-    return SpreadsheetEnv([sketch_task(0, 0, "total")], tools=TOOLS, terse=True)
+    return Spreadsheets().environment()
 
 
 @pytest.fixture(scope="module")
 def tokenizer(env):
-    faults = FaultModel(weights=dict.fromkeys(FaultModel().weights, 1.0))
-    texts = corpus(env, demonstration_tasks(1, 120, faults), 0, faults)
+    texts = corpus(env, Spreadsheets().samples(0, 120))
     return build_tokenizer(texts, [tool.to_openai(terse=True) for tool in env.tools], 900)
 
 
