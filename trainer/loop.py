@@ -250,6 +250,7 @@ class Run:
     side: RolloutSide | None = None
     trainer: OnlineGRPOTrainer
     held_out: Sequence[Task] = ()
+    _said_flat = False
 
     def __init__(self, config: RunConfig, folder: Path, base: Path, progress: Progress, recorder: Recorder) -> None:
         self.config, self.folder, self.base = config, folder, base
@@ -366,11 +367,25 @@ class Run:
             "seconds_train": 0.0,
             "trained_tokens": 0,
             **numbers,
+            "shared_prefix": self.trainer.sharing.state,
         }
         return self.recorder.emit("train", **row)
 
     def _watch(self, row: Row) -> None:
         progress = self.progress
+        sharing = self.trainer.sharing
+        if sharing.failed and not self._said_flat:
+            self._said_flat = True
+            said = f"the token tree is not used any more, training goes on flat: {sharing.reason}"
+            self.recorder.emit(
+                "alarm",
+                step=progress.step,
+                alarm="token_tree",
+                value=sharing.error,
+                bound=sharing.limit,
+                message=said,
+                stops=False,
+            )
         if progress.first_length is None:
             progress.first_length = row.get("sampled_tokens_mean")
         for alarm in alarms.check(row, self.config.alarms, progress.first_length, replayed=self.side is None):

@@ -12,7 +12,8 @@ Everything position-wise is exact on such a row of tokens; attention is `tree_at
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -128,11 +129,21 @@ def unique_tokens(rows: Sequence[Row]) -> int:
     return sum(len(ids) - shared for _, ids, shared in _in_order(rows))
 
 
-def beside(rows: Sequence[Row], row: Row, count: int) -> list[Row]:
-    """`row` and those that share most with it: `count` neighbours in the order of the tree."""
-    ordered = [rows[at] for at, _, _ in _in_order(rows)]
-    first = max(0, min(next(i for i, r in enumerate(ordered) if r is row) - count // 2, len(ordered) - count))
-    return ordered[first : first + count]
+def telling(rows: Sequence[Row], count: int) -> list[Row]:
+    """A few rows on which a wrong tree would show: `count` neighbours that share much and part much, and the longest
+    row. No two are equal, none is the beginning of another, but the longest.
+    """
+    longest = max(rows, key=lambda row: len(row.tokens))
+    ordered = [(rows[at], ids) for at, ids, _ in _in_order(rows)]
+    pairs = pairwise(ordered)
+    ordered = [first for first, then in pairs if _common(first[1], then[1]) < len(first[1])] + ordered[-1:]
+    shown = [0]
+    for (_, a), (_, b) in pairwise(ordered):
+        shared = _common(a, b)
+        shown.append(min(shared, len(a) - shared, len(b) - shared))
+    best = max(range(len(ordered)), key=lambda i: sum(shown[i + 1 : i + count]))
+    few = [row for row, _ in ordered[best : best + count]]
+    return few if any(row.tokens[:-1] == longest.tokens[:-1] for row in few) else [*few, longest]
 
 
 def _in_order(rows: Sequence[Row], share: bool = True) -> Iterator[tuple[int, Ids, int]]:

@@ -233,9 +233,7 @@ class _TreeAttention(torch.autograd.Function):
         for tile in layout.tiles(window):
             at, of = slice(tile.q, tile.q_stop), slice(tile.k, tile.k_stop)
             mask = layout.mask(tile, window, q.dtype)
-            new, new_lse = kernel.forward(
-                queries[:, :, at], keys[:, :, of], values[:, :, of], tile.causal, mask, scale
-            )
+            new, new_lse = kernel.forward(queries[:, :, at], keys[:, :, of], values[:, :, of], tile.causal, mask, scale)
             if tile.first:
                 out[:, :, at], lse[:, :, at] = new, new_lse
                 continue
@@ -282,9 +280,7 @@ class _TreeAttention(torch.autograd.Function):
         return dq.flatten(0, 1)[None].to(q.dtype), dk[None].to(k.dtype), dv[None].to(v.dtype), None, None, None, None
 
 
-def _by_key_head(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _by_key_head(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Views of shape (key heads, queries a key head, tokens, size); keys and values are repeated without a copy."""
     heads, count = k.size(1), q.size(1) // k.size(1)
     repeated = (t[0].unsqueeze(1).expand(heads, count, *t.shape[2:]) for t in (k, v))

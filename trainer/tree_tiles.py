@@ -1,9 +1,9 @@
 """Which attention calls a `TokenTree` takes: rectangles of queries and keys that cover each pair exactly once.
 
 In depth-first order the descendants of a node are the range behind it, so all of them meet its keys in one call without
-gathering anything, and attention over a path is the sum of such calls. Always true: every pair of a token and one on its
-path (itself included) stands in one tile, no other pair counts; every token is query and key of exactly one tile with
-`first`, so that these may write where all others add.
+gathering anything, and attention over a path is the sum of such calls. Always true: every pair of a token and one on
+its path (itself included) stands in one tile, no other pair counts; every token is query and key of exactly one tile
+with `first`, so that these may write where all others add.
 """
 
 from __future__ import annotations
