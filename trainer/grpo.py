@@ -178,8 +178,7 @@ class OnlineGRPOTrainer(GRPOTrainer):
     grad_norm, learning_rate, entropy (nats a token), kl (k3 estimate of KL(behaviour || policy) a token, arXiv-free:
     joschu.net/blog/kl-approx.html), logprob_gap (|policy - recorded| before the first update, nats: largest, _mean,
     _p99), trained_tokens, seconds_train, tokens_total (of all rows), tokens_unique (of their trees), tokens_processed
-    (by a pass over them, padding included), tree_error (largest difference between the gradients of tree and flat path
-    where they were compared, over the largest gradient), and TRL's own clip ratios.
+    (by a pass over them, padding included), and TRL's own clip ratios.
     """
 
     def __init__(
@@ -298,10 +297,11 @@ class OnlineGRPOTrainer(GRPOTrainer):
     def _processed(self, micro: Tensors) -> int:
         """Tokens that a pass over a micro-batch computes, padding included."""
         if "tree" in micro:
-            return int(micro["tree"].tree.unique)
+            layout: Layout = micro["tree"]
+            return layout.tree.unique
         rows, width = micro["completion_ids"].shape
         shared = self._shared(torch.cat([micro["prompt_ids"], micro["completion_ids"]], dim=1), micro["tool_mask"])
-        return shared + rows * (width - shared)
+        return int(shared + rows * (width - shared))
 
     def _check_gradient(self, rows: Sequence[Row], tree: bool) -> torch.Tensor:
         """What the tree and the flat path are compared by: the adapter's gradient of weighted log-probabilities and
@@ -542,10 +542,7 @@ class OnlineGRPOTrainer(GRPOTrainer):
             return False
         if self.accelerator.num_processes > 1:
             self._tally.add_all(gathered(self._tally.on_cpu()))
-        numbers = self._tally.read()
-        if self.sharing.error is not None:
-            numbers["tree_error"] = self.sharing.error
-        return self._finished(window.batch, numbers)
+        return self._finished(window.batch, self._tally.read())
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not estimated: the count of Hugging Face's Trainer knows nothing of masks and prefixes."""

@@ -65,7 +65,10 @@ def _layer_types(config: PreTrainedConfig) -> Sequence[str]:
 
 
 class Sharing:
-    """Decides for a trainer. `reason` is None where trees are used; `error` is what the comparison found."""
+    """Decides for a trainer. `reason` is None where trees are used; `compared` says whether the comparison was made,
+    `error` what it found: the largest difference of the two gradients over the largest gradient, None where the tree's
+    could not be computed.
+    """
 
     def __init__(self, model: PeftModel, config: RunConfig, aux_loss: bool) -> None:
         self._model: PreTrainedModel = model.get_base_model()  # type: ignore[assignment]
@@ -77,7 +80,7 @@ class Sharing:
             if config.trainer.shared_prefix == "flat"
             else why_flat(self._model, aux_loss=aux_loss)
         )
-        self._checked = False
+        self.compared = False
         if self.reason is None:
             enable(self._model)
 
@@ -88,8 +91,8 @@ class Sharing:
 
     @property
     def failed(self) -> bool:
-        """Whether a comparison ended the use of trees."""
-        return self._checked and self.reason is not None
+        """Whether the comparison ended the use of trees."""
+        return self.compared and self.reason is not None
 
     def wanted(self, rows: Sequence[Row], gradient: Gradient | None = None) -> bool:
         """Whether `rows` are to run as trees. The first time that they are, the two paths' `gradient`s are compared;
@@ -99,9 +102,9 @@ class Sharing:
             return False
         if sum(len(row.tokens) - 1 for row in rows) < WORTH * unique_tokens(rows):
             return False
-        if not self._checked and gradient is not None:
+        if not self.compared and gradient is not None:
             self._compare(rows, gradient)
-        return self._checked and self.reason is None
+        return self.compared and self.reason is None
 
     def _compare(self, rows: Sequence[Row], gradient: Gradient) -> None:
         few = telling(rows, CHECKED_ROWS)
@@ -115,7 +118,7 @@ class Sharing:
         except Exception as error:  # whatever a model does not bear: the flat path is always right
             said = f"{type(error).__name__}: {error}"
         everywhere = gathered(said) if world() > 1 else [said]
-        self._checked = True
+        self.compared = True
         self.reason = next((what for what in everywhere if what is not None), None)
         if self.reason is not None:
             disable(self._model)

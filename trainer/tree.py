@@ -12,9 +12,8 @@ Everything position-wise is exact on such a row of tokens; attention is `tree_at
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -52,8 +51,15 @@ class TokenTree:
 
     def to(self, device: torch.device) -> TokenTree:
         """The same tree on another device."""
-        moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return TokenTree(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in moved.items()})
+        return TokenTree(
+            self.tokens.to(device),
+            self.positions.to(device),
+            self.ends.to(device),
+            self.predictors.to(device),
+            self.targets.to(device),
+            self.expand.to(device),
+            self.total,
+        )
 
     def nodes(self) -> list[Node]:
         """The radix tree's nodes in depth-first order: longest runs of tokens of which each has only the next one as
@@ -93,8 +99,19 @@ def grow(rows: Sequence[Row], share: bool = True) -> TokenTree:
     after: list[Ids] = [np.asarray(row.tokens, np.int64)[_trained(row)] for row in rows]
     pairs = np.stack([np.concatenate([*before, []]), np.concatenate([*after, []])]).astype(np.int64)
     pairs, expand = np.unique(pairs, axis=1, return_inverse=True)
-    arrays = (tokens[:size], positions[:size], ends[:size], pairs[0], pairs[1], expand.reshape(-1))
-    return TokenTree(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays), total=len(tokens))
+    return TokenTree(
+        _tensor(tokens[:size]),
+        _tensor(positions[:size]),
+        _tensor(ends[:size]),
+        _tensor(pairs[0]),
+        _tensor(pairs[1]),
+        _tensor(expand.reshape(-1)),
+        len(tokens),
+    )
+
+
+def _tensor(array: Ids) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))
 
 
 def cut(rows: Sequence[Row], budget: int) -> list[list[Row]]:

@@ -249,7 +249,7 @@ class _TreeAttention(torch.autograd.Function):
         return final
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, final, lse = ctx.saved_tensors
         layout, window, scale, kernel = ctx.rest
@@ -284,7 +284,7 @@ def _by_key_head(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[tor
     """Views of shape (key heads, queries a key head, tokens, size); keys and values are repeated without a copy."""
     heads, count = k.size(1), q.size(1) // k.size(1)
     repeated = (t[0].unsqueeze(1).expand(heads, count, *t.shape[2:]) for t in (k, v))
-    return q[0].unflatten(0, (heads, count)), *repeated  # type: ignore[return-value]
+    return q[0].unflatten(0, (heads, count)), *repeated
 
 
 def _summed(part: torch.Tensor) -> torch.Tensor:
@@ -312,7 +312,9 @@ def attend(
         return torch.nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=seen[None, None], scale=scale, enable_gqa=q.size(1) != k.size(1)
         ).transpose(1, 2)
-    made: torch.Tensor = _TreeAttention.apply(q, k, v, layout, window, scale, kernel or kernel_for(q.device))
+    made: torch.Tensor = _TreeAttention.apply(  # type: ignore[no-untyped-call]
+        q, k, v, layout, window, scale, kernel or kernel_for(q.device)
+    )
     return made
 
 

@@ -98,9 +98,9 @@ def test_a_run_says_what_it_computed(base, tmp_path):
         assert numbers["tokens_unique"] == unique
         assert numbers["tokens_processed"] <= 1.1 * unique
         assert numbers["trained_tokens"] == sum(row.trained for row in ROWS)
-        assert 0 < numbers["tree_error"] <= EXACT
         assert all(math.isfinite(value) for value in numbers.values())
     assert len(seen) == 2
+    assert 0 < trainer.sharing.error <= EXACT
     # policy and reference in each step; before them two passes of the comparison
     assert sum(passes[2:]) == 2 * 2 * seen[0]["tokens_processed"]
 
@@ -306,7 +306,7 @@ def test_a_failed_comparison_falls_back_and_says_so(base, tmp_path, monkeypatch,
     assert trainer.sharing.failed
     if wrong == "positions":
         assert trainer.sharing.state.startswith("flat: its gradient is off by")
-        assert seen[0]["tree_error"] > trainer.sharing.limit
+        assert trainer.sharing.error > trainer.sharing.limit
     else:
         assert trainer.sharing.state == "flat: ZeroDivisionError: division by zero"
     assert seen[1]["tokens_processed"] > seen[1]["tokens_unique"]
