@@ -27,7 +27,7 @@ NAME = "espalier_tree"
 CALL_OPERATIONS = {"cpu": 2e6}
 """Floating-point operations in the time that a call costs beside its work, by kind of device."""
 
-SCORES_AT_ONCE = 1 << 26
+SCORES_AT_ONCE = 1 << 25
 """Most scores that the plain kernel holds at a time."""
 
 Backend = Literal["tiles", "dense"]
