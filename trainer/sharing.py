@@ -125,10 +125,9 @@ class Sharing:
 
     def parts(self, rows: Sequence[Row], processes: int) -> list[list[Row]]:
         """Micro-batches to run as trees: no larger than flat ones of `micro_batch` of the longest rows would be, and as
-        many as there are processes.
+        many for each process.
         """
-        budget = self._rows * max(len(row.tokens) for row in rows)
-        return cut(rows, min(budget, -(-unique_tokens(rows) // processes)))
+        return cut(rows, self._rows * max(len(row.tokens) for row in rows), processes)
 
     def layout(self, rows: Sequence[Row], device: torch.device) -> Layout:
         """The tree of a micro-batch."""

@@ -114,11 +114,24 @@ def _tensor(array: Ids) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array))
 
 
-def cut(rows: Sequence[Row], budget: int) -> list[list[Row]]:
-    """`rows` as micro-batches of at most `budget` tokens each, shared ones counted once (a row alone may have more).
-    Neighbours in the tree stay together; a cut is made where it separates least.
+def cut(rows: Sequence[Row], budget: int, processes: int = 1) -> list[list[Row]]:
+    """`rows` as micro-batches of at most `budget` tokens each, shared ones counted once (a row alone may have more):
+    in as few rounds of `processes` as that allows, about equally large. Neighbours in the tree stay together; a
+    cut is made where it separates least.
     """
     ordered = [(rows[at], len(ids), shared) for at, ids, shared in _in_order(rows)]
+    unique = sum(length - shared for _, length, shared in ordered)
+    rounds = -(-unique // (max(budget, 1) * processes))
+    while True:
+        count = rounds * processes
+        for slack in (1.0, 1.1, 1.25, 1.5):
+            parts = _cut(ordered, min(budget, round(slack * unique / count)))
+            if len(parts) <= count or count >= len(rows):
+                return parts
+        rounds += 1
+
+
+def _cut(ordered: Sequence[tuple[Row, int, int]], budget: int) -> list[list[Row]]:
     parts: list[list[Row]] = []
     while ordered:
         stop = _stop([(length, shared) for _, length, shared in ordered], budget)

@@ -95,13 +95,13 @@ def pairs(tree, tile, window=None):
     return (visible(tree, tile, window) if tile.masked else full.tril() if tile.causal else full).long()
 
 
-@given(row_sets(), st.integers(1, 60))
-def test_micro_batches_charge_shared_tokens_once(rows, budget):
-    parts = cut(rows, budget)
+@given(row_sets(), st.integers(1, 60), st.integers(1, 3))
+def test_micro_batches_charge_shared_tokens_once(rows, budget, processes):
+    parts = cut(rows, budget, processes)
     assert sorted(row.trajectory for part in parts for row in part) == sorted(row.trajectory for row in rows)
     for part in parts:
         assert len(part) == 1 or unique_tokens(part) <= budget
-    if unique_tokens(rows) <= budget:
+    if unique_tokens(rows) <= budget and processes == 1:
         assert len(parts) == 1
 
 
@@ -115,6 +115,16 @@ def test_micro_batches_are_cut_where_they_share_least():
     rows = [row(task, i) for task in (5, 6) for i in range(4)]
     parts = cut(rows, 90)
     assert [sorted(r.group for r in part) for part in parts] == [["g5"] * 4, ["g6"] * 4]
+
+
+def test_the_work_of_an_update_is_spread_over_processes():
+    for seed in range(10):
+        rows = branching_rows(40, seed)
+        for processes in (2, 3, 4):
+            parts = cut(rows, 10**6, processes)
+            sizes = [unique_tokens(part) for part in parts]
+            assert len(parts) <= processes, "one round"
+            assert max(sizes) <= 1.5 * sum(sizes) / processes
 
 
 @given(row_sets())
