@@ -181,12 +181,12 @@ class Contenders:
         """Seconds of one update (micro-batches made, forward, backward), those of the processor in it, and its
         gradient on the CPU.
         """
-        model = self.trainer.model
+        model = self.trainer.adapter
         model.train()
         model.zero_grad()
         began, worked = self._now(), time.process_time()
         window = self.forced(rows) if name == "forced" else self.window(name, rows)
-        self.trainer.training_step(model, {"window": window})
+        self.trainer.training_step(self.trainer.model, {"window": window})
         seconds, worked = self._now() - began, time.process_time() - worked
         grads = [p.grad.flatten() for p in self.trainer.adapter.parameters() if p.grad is not None]
         return seconds, worked, torch.cat(grads).cpu()

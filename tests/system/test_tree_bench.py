@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from espalier.trainer.tree import grow
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "results" / "tree"
@@ -65,16 +65,23 @@ def test_contenders_have_one_gradient(modules):
 
 
 def test_operations_are_those_that_torch_counts(modules):
-    """One layer of plain matrices, forward: the formula behind the bound, against torch's own counter."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    shape = modules["contenders"].TINY
-    tokens = 10
-    with FlopCounterMode(display=False) as counter:
-        for a, b in shape.linear():
-            torch.nn.Linear(a, b, bias=False)(torch.zeros(tokens, a))
-    frozen = sum(2 * a * b for a, b in shape.linear()) * tokens
-    assert counter.get_total_flops() == frozen
+    """The formula behind the bound, but for what torch does not count: attention on the CPU (2 products forward and 5
+    backward, 2 operations a pair and element each), and the vocabulary's product that is added in place.
+    """
+    shape, operations = modules["contenders"].TINY, modules["contenders"].operations
+    contenders = modules["contenders"].Contenders(shape, "cpu")
+    rows = contenders.recorded(modules["workloads"].WORKLOADS["bin16"](16))
+    contenders.step("tree", rows)  # compares the paths
+    for name, share in (("packed", False), ("tree", True)):
+        tree = grow(rows, share)
+        pairs = int((tree.positions + 1).sum())
+        attention = shape.layers * 7 * 2 * shape.heads * shape.head * pairs
+        in_place = 2 * shape.hidden * modules["workloads"].VOCAB * tree.targets.numel()
+        with FlopCounterMode(display=False) as counter:
+            contenders.step(name, rows)
+        # nothing is pulled back through the first layer's first matrices
+        expected = operations(tree, shape) - attention - in_place
+        assert counter.get_total_flops() == pytest.approx(expected, rel=0.05)
 
 
 def test_a_quick_run_gives_every_figure(tmp_path):
