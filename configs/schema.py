@@ -228,6 +228,9 @@ class TrainerSection(Section):
     """Optimizer updates a batch of groups is split into."""
     micro_batch: PositiveInt = 32
     """Rows of one forward and backward pass."""
+    shared_prefix: Literal["tree", "flat"] = "tree"
+    """Tokens that rows have in common: "tree" computes each once where that saves a tenth or more, exactly (the first
+    step compares its gradient with the other path's), "flat" only a group's prompt."""
     drop_no_signal: bool = True
     """Drop groups whose rewards are all equal, and refill."""
     max_refills: NonNegativeInt = 2

@@ -18,7 +18,7 @@ relied upon.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -40,7 +40,10 @@ from .correction import Mode, importance_ratio
 from .errors import UserError
 from .model import load_base, load_tokenizer, logit_rules, lora_config, read_adapter, resolve_device
 from .parallel import WAIT_SECONDS, add_up, gathered
+from .sharing import Sharing, weights_of
 from .tally import Tally
+from .tree import unique_tokens
+from .tree_attention import Layout, no_mask
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 """Every loss of TRL 1.16 (the contract test reads TRL's source and compares)."""
@@ -174,7 +177,8 @@ class OnlineGRPOTrainer(GRPOTrainer):
     `finished(batch, numbers)` is called after the last update of each batch and says whether to stop. `numbers`: loss,
     grad_norm, learning_rate, entropy (nats a token), kl (k3 estimate of KL(behaviour || policy) a token, arXiv-free:
     joschu.net/blog/kl-approx.html), logprob_gap (|policy - recorded| before the first update, nats: largest, _mean,
-    _p99), trained_tokens, seconds_train, and TRL's own clip ratios.
+    _p99), trained_tokens, seconds_train, tokens_total (of all rows), tokens_unique (of their trees), tokens_processed
+    (by a pass over them, padding included), and TRL's own clip ratios.
     """
 
     def __init__(
@@ -216,6 +220,7 @@ class OnlineGRPOTrainer(GRPOTrainer):
         self._window: Window | None = None
         self._micro: Tensors | None = None
         self._tally = Tally()
+        self.sharing = Sharing(self.adapter, config, self.aux_loss_enabled)
 
     @property
     def adapter(self) -> PeftModel:
@@ -244,15 +249,15 @@ class OnlineGRPOTrainer(GRPOTrainer):
         """Cut a batch into optimizer updates and these into micro-batches. Rows without a sampled token are left
         out.
         """
-        device = self.accelerator.device
         rows = [row for row in batch.rows if row.trained]
         if self.loss_type in TOKEN_MEAN:  # these are linear in the advantage, so it can carry the share
             rows = [replace(row, advantage=row.advantage * row.share) for row in rows]
         parts = minibatches(rows, self._section.minibatches, seed=self._seed * 1_000_003 + batch.step)
         rank, count = self.accelerator.process_index, self.accelerator.num_processes
+        tree = self.sharing.wanted(rows, self._check_gradient)
         windows = [
             Window(
-                [collate(cut, self._tokenizer.pad_token_id, device) for cut in dealt(self.cut(part), rank, count)],
+                self.micro(part, tree, rank, count),
                 sum(row.trained for row in part),
                 math.fsum(row.share for row in part),
                 first=i == 0,
@@ -261,13 +266,55 @@ class OnlineGRPOTrainer(GRPOTrainer):
             )
             for i, part in enumerate(parts)
         ]
+        self._count(parts, windows)
         if len(windows) > 1 and self._corrects:
             self._fill_old(windows)
         return windows
 
-    def cut(self, rows: list[Row]) -> list[list[Row]]:
-        """How the rows of one update become micro-batches (the seam for packing by tree)."""
-        return micro_batches(rows, self._section.micro_batch, by_group=self._shares)
+    def micro(self, rows: list[Row], tree: bool, rank: int = 0, count: int = 1) -> list[Tensors]:
+        """The micro-batches of `rows` that process `rank` of `count` runs, as trees or flat."""
+        parts = (
+            self.sharing.parts(rows, count)
+            if tree
+            else micro_batches(rows, self._section.micro_batch, by_group=self._shares)
+        )
+        return [self._collate(part, tree) for part in dealt(parts, rank, count)]
+
+    def _collate(self, rows: list[Row], tree: bool) -> Tensors:
+        device = self.accelerator.device
+        micro: Tensors = {**collate(rows, self._tokenizer.pad_token_id, device)}
+        if tree:
+            micro["tree"] = self.sharing.layout(rows, device)
+        return micro
+
+    def _count(self, updates: Sequence[Sequence[Row]], windows: Sequence[Window]) -> None:
+        """Tokens of all rows, of their trees, and those that a pass over this process's micro-batches computes."""
+        if self.accelerator.process_index == 0:
+            total = sum(len(row.tokens) - 1 for rows in updates for row in rows)
+            self._tally.count(tokens_total=total, tokens_unique=sum(map(unique_tokens, updates)))
+        self._tally.count(tokens_processed=sum(self._processed(micro) for w in windows for micro in w.micro))
+
+    def _processed(self, micro: Tensors) -> int:
+        """Tokens that a pass over a micro-batch computes, padding included."""
+        if "tree" in micro:
+            layout: Layout = micro["tree"]
+            return layout.tree.unique
+        rows, width = micro["completion_ids"].shape
+        shared = self._shared(torch.cat([micro["prompt_ids"], micro["completion_ids"]], dim=1), micro["tool_mask"])
+        return int(shared + rows * (width - shared))
+
+    def _check_gradient(self, rows: Sequence[Row], tree: bool) -> torch.Tensor:
+        """What the tree and the flat path are compared by: the adapter's gradient of weighted log-probabilities and
+        entropies.
+        """
+        micro = self._collate(list(rows), tree)
+        mask = micro["tool_mask"].bool()
+        logps, entropies = self._score(self.model, micro)
+        weights = weights_of(rows).to(logps.device)
+        parameters = [p for p in self.adapter.parameters() if p.requires_grad]
+        value = (logps[mask] * weights).sum() + (entropies[mask] * weights.flip(0)).sum()
+        found = torch.autograd.grad(value, parameters, allow_unused=True)
+        return torch.cat([g.flatten() for g in found if g is not None])
 
     def _fill_old(self, windows: list[Window]) -> None:
         """The policy as it stands before the first of several updates: the proximal policy of decoupled PPO (arXiv
@@ -404,23 +451,47 @@ class OnlineGRPOTrainer(GRPOTrainer):
         tokens = torch.cat([micro["prompt_ids"], micro["completion_ids"]], dim=1)
         mask = micro["tool_mask"].bool()
         causal = self.accelerator.unwrap_model(model).get_base_model()
-        cap, scale = logit_rules(causal.config)
         with self.accelerator.autocast():
-            hidden, first = self._hidden(causal.base_model, tokens, mask)
-            head = causal.get_output_embeddings()
-            logps, entropies, *_ = ChunkedLogProbFunction.apply(
-                hidden[mask[:, first:]],
-                head.weight,
-                head.bias,
-                tokens[:, 1:][mask],
-                self.temperature,
-                min(head.weight.size(0), VOCAB_TILE),
-                cap,
-                scale,
-                ("entropy",),
-            )
+            if "tree" in micro:
+                layout: Layout = micro["tree"]
+                predicting, targets = self._hidden_tree(causal.base_model, layout), layout.tree.targets
+            else:
+                hidden, first = self._hidden(causal.base_model, tokens, mask)
+                predicting, targets = hidden[mask[:, first:]], tokens[:, 1:][mask]
+            logps, entropies = self._project(causal, predicting, targets)
+        if "tree" in micro:
+            logps, entropies = logps[layout.tree.expand], entropies[layout.tree.expand]
         blank = logps.new_zeros(mask.shape)
         return blank.masked_scatter(mask, logps), blank.masked_scatter(mask, entropies)
+
+    def _project(self, causal: Any, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities of `targets` (n,) and entropies where `hidden` (n, size) predicts them."""
+        cap, scale = logit_rules(causal.config)
+        head = causal.get_output_embeddings()
+        logps, entropies, *_ = ChunkedLogProbFunction.apply(
+            hidden,
+            head.weight,
+            head.bias,
+            targets,
+            self.temperature,
+            min(head.weight.size(0), VOCAB_TILE),
+            cap,
+            scale,
+            ("entropy",),
+        )
+        return logps, entropies
+
+    def _hidden_tree(self, backbone: Any, layout: Layout) -> torch.Tensor:
+        """What predicts each target of a tree: (targets, hidden)."""
+        tree = layout.tree
+        states: torch.Tensor = backbone(
+            input_ids=tree.tokens[None],
+            position_ids=tree.positions[None],
+            attention_mask=no_mask(tree.tokens.device),
+            use_cache=False,
+            tree=layout,
+        ).last_hidden_state
+        return states[0, tree.predictors]
 
     def _hidden(self, backbone: Any, tokens: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, int]:
         """What predicts each token from `tokens[:, first + 1]` on: (rows, width - 1 - first, hidden), and `first`.
@@ -428,8 +499,8 @@ class OnlineGRPOTrainer(GRPOTrainer):
         Rows are padded on the right only, so causal attention needs no mask. A prompt that all rows share runs once:
         its keys and values are repeated for the rows, and gradients add up on the way back.
         """
-        shared = shared_prefix(tokens, mask) if self._shares and tokens.size(0) > 1 else 0
-        if shared < SHORTEST_SHARED:
+        shared = self._shared(tokens, mask)
+        if not shared:
             return backbone(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state, 0
         prompt = backbone(input_ids=tokens[:1, :shared], use_cache=True)
         last = prompt.last_hidden_state[:, -1:].expand(tokens.size(0), 1, -1)
@@ -440,6 +511,11 @@ class OnlineGRPOTrainer(GRPOTrainer):
         rest = backbone(input_ids=tokens[:, shared:-1], past_key_values=cache, use_cache=True).last_hidden_state
         return torch.cat([last, rest], dim=1), shared - 1
 
+    def _shared(self, tokens: torch.Tensor, mask: torch.Tensor) -> int:
+        """Leading tokens that the rows of a flat micro-batch run once."""
+        shared = shared_prefix(tokens, mask) if self._shares and tokens.size(0) > 1 else 0
+        return shared if shared >= SHORTEST_SHARED else 0
+
     def gap(self, rows: list[Row]) -> dict[str, float]:
         """|policy - recorded| at the sampled tokens of `rows`, in nats: the members of `finished`'s numbers that begin
         with logprob_gap. Trains nothing.
@@ -448,8 +524,7 @@ class OnlineGRPOTrainer(GRPOTrainer):
         training = model.training
         model.eval()
         with torch.no_grad():
-            for cut in self.cut(rows):
-                micro = collate(cut, self._tokenizer.pad_token_id, self.accelerator.device)
+            for micro in self.micro(rows, self.sharing.wanted(rows)):
                 logps, entropies = self._score(model, micro)
                 tally.add(logps, entropies, micro["sampling_per_token_logps"], micro["tool_mask"])
         model.train(training)

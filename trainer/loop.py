@@ -250,6 +250,7 @@ class Run:
     side: RolloutSide | None = None
     trainer: OnlineGRPOTrainer
     held_out: Sequence[Task] = ()
+    _compared = False
 
     def __init__(self, config: RunConfig, folder: Path, base: Path, progress: Progress, recorder: Recorder) -> None:
         self.config, self.folder, self.base = config, folder, base
@@ -323,6 +324,7 @@ class Run:
             self._serve(progress.version)
             numbers = self._with_served_gap(batch, numbers)
         row = self._train_row(batch, numbers)
+        self._say_what_was_compared()
         progress.seconds += row["seconds_rollout"] + row["seconds_train"]
         self._watch(row)
         self._evaluate_within()
@@ -366,8 +368,23 @@ class Run:
             "seconds_train": 0.0,
             "trained_tokens": 0,
             **numbers,
+            "shared_prefix": self.trainer.sharing.state,
         }
         return self.recorder.emit("train", **row)
+
+    def _say_what_was_compared(self) -> None:
+        """Once: how near the token tree is to the flat path; an alarm where it is not, and is not used any more."""
+        sharing = self.trainer.sharing
+        if self._compared or not sharing.compared:
+            return
+        self._compared = True
+        if sharing.reason is None:
+            said = f"training (the token tree's gradient is the flat path's to {sharing.error:.1e})"
+            self.recorder.emit("phase", phase=said, tree_error=sharing.error)
+            return
+        said = f"the token tree is not used, training goes on flat: {sharing.reason}"
+        values = {"alarm": "token_tree", "value": sharing.error, "bound": sharing.limit, "message": said}
+        self.recorder.emit("alarm", step=self.progress.step, **values, stops=False)
 
     def _watch(self, row: Row) -> None:
         progress = self.progress

@@ -41,9 +41,14 @@ class Tally:
             "entropy": (entropies.detach().double() * mask).sum(),
             "kl": ((torch.expm1(difference) - difference) * mask).sum().double(),
         }
-        self.sums = {name: value + self.sums.get(name, 0.0) for name, value in new.items()}
+        self.sums |= {name: value + self.sums.get(name, 0.0) for name, value in new.items()}
         if fresh:
             self.gaps.append(difference[mask.bool()].abs())
+
+    def count(self, **numbers: int) -> None:
+        """Add to sums that are read as they are."""
+        for name, number in numbers.items():
+            self.sums[name] = torch.tensor(float(number), dtype=torch.float64) + self.sums.get(name, 0.0)
 
     def on_cpu(self) -> Tally:
         """As it can be sent to another process."""
@@ -64,6 +69,7 @@ class Tally:
             "kl": float(self.sums.get("kl", 0.0)) / max(tokens, 1.0),
             **self.gap(),
             "trained_tokens": int(tokens),
+            **{name: int(value) for name, value in sorted(self.sums.items()) if name.startswith("tokens_")},
         }
         for name in sorted({name for logs in self.logs for name in logs} - _NOT_OURS):
             seen = [logs[name] for logs in self.logs if isinstance(logs.get(name), int | float)]

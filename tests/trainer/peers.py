@@ -13,16 +13,17 @@ from espalier.trainer.batch import Batch
 from espalier.trainer.grpo import LOSS_TYPES, build
 from espalier.trainer.loop import train
 from espalier.trainer.parallel import Shared, follows, shared_end, world
-from random_rows import make_rows
+from random_rows import branching_rows, make_rows
 
 STEPS = 3
 
 
 class Fixed:
-    """Batches of random rows, of which the processes get unequal numbers."""
+    """Batches of random rows, of which the processes get unequal numbers; those of the second step are trees."""
 
     def next(self, step):
-        return Batch(step, tuple(make_rows(11 + step, seed=step))) if step <= STEPS else None
+        make = branching_rows if step == 2 else make_rows
+        return Batch(step, tuple(make(11 + step, seed=step))) if step <= STEPS else None
 
 
 def losses(base, out):

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import toy
 from espalier.envs.core import EnvFailure
 from espalier.rollouts.store import TrajectoryStore
@@ -69,6 +70,27 @@ def test_a_run_writes_what_it_did(whole, toy_base):
     evals = [(row["step"], row["mode"]) for row in rows(folder, "eval")]
     assert evals == [(0, "sampled"), (0, "greedy"), (2, "sampled"), (4, "sampled"), (5, "sampled"), (5, "greedy")]
     assert json.loads((folder / "config.json").read_text())["name"] == "toy"
+
+
+def test_a_run_says_what_it_shared(whole):
+    """The toy's prompts are one tree; the first step compares it with the flat path."""
+    folder, _, _ = whole
+    for row in rows(folder, "train"):
+        assert row["shared_prefix"] == "tree"
+        assert row["tokens_processed"] <= 1.1 * row["tokens_unique"] < row["tokens_total"]
+    [said] = [row for row in rows(folder, "phase") if "tree_error" in row]
+    assert said["tree_error"] <= 1e-5
+
+
+def test_a_tree_that_is_wrong_is_an_alarm_and_training_goes_on(toy_base, tmp_path, monkeypatch):
+    monkeypatch.setattr("espalier.trainer.sharing.LIMITS", {torch.float32: 0.0})
+    evaluation = {"tasks": 2, "every": 0, "greedy": False}
+    result = train(toy.run_config(toy_base, tmp_path, trainer={"steps": 2}, eval=evaluation))
+    assert result["steps"] == 2
+    [alarm] = rows(tmp_path / "toy", "alarm")
+    assert alarm["alarm"] == "token_tree"
+    assert "training goes on flat: its gradient is off by" in alarm["message"]
+    assert all(row["shared_prefix"].startswith("flat: its gradient") for row in rows(tmp_path / "toy", "train"))
 
 
 def test_every_version_that_sampled_is_recorded_and_recent_ones_are_kept(whole, toy_base):

@@ -64,6 +64,9 @@ def test_two_processes_take_the_step_of_one(base, tmp_path):
             assert a.keys() == b.keys()
             for key in ("loss", "grad_norm", "kl", "entropy", "logprob_gap", "logprob_gap_mean", "trained_tokens"):
                 assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-5), (loss, key)
+            assert (a["tokens_total"], a["tokens_unique"]) == (b["tokens_total"], b["tokens_unique"])
+        for numbers in (alone, beside):
+            assert numbers[1]["tokens_processed"] < numbers[1]["tokens_total"], "the second step ran as trees"
 
 
 def test_a_process_that_parts_from_the_others_ends_the_run(base, tmp_path):
