@@ -2,8 +2,8 @@
 
 Always true: the digest covers the state, what the next steps consult, and the random generator wherever a step can
 depend on it; where every transition of the table is certain, the draws that a step makes decide nothing, and the
-generator is left out, so that paths of different lengths meet in one state. Counters of wrappers around this one (a time limit) are not part of it. An environment that keeps more state
-than is known here is refused by name.
+generator is left out, so that paths of different lengths meet in one state. Counters of wrappers around this one (a
+time limit) are not part of it. An environment that keeps more state than is known here is refused by name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import gymnasium
 
 from .core import EnvFailure, Snapshot
 
-CONSTANT = frozenset({"P", "desc", "locs", "initial_state_distrib", "action_space", "observation_space", "shape", "spec"})
+CONSTANT = frozenset(
+    {"P", "desc", "locs", "initial_state_distrib", "action_space", "observation_space", "shape", "spec"}
+)
 """Attributes that no step changes."""
 STATE = frozenset({"s", "fickle_step"})
 SHOWN = frozenset({"lastaction", "taxi_orientation"})

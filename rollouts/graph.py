@@ -129,9 +129,7 @@ class OperationGraph:
         made.edges = {(edge.node, edge.op): edge for edge in edges}
         return made
 
-    def begun(
-        self, space: Space, opening: Opening, traits: Traits, digest: str | None, seconds: float
-    ) -> None:
+    def begun(self, space: Space, opening: Opening, traits: Traits, digest: str | None, seconds: float) -> None:
         """A task was started: what every later start of it gives."""
         body, essence = opening_body(opening)
         self._keep_body(space, body)
@@ -198,8 +196,8 @@ class OperationGraph:
         self.counts.mismatches += 1
         demoted = tuple(sorted({*space.row.demoted, *(tools or ("",))}))
         self.say(
-            f"task {space.row.task}: {', '.join(tools) or 'the end of an episode'} gave something else when it was done "
-            f"again ({why}); it is no longer shared there"
+            f"task {space.row.task}: {', '.join(tools) or 'the end of an episode'} gave {why} when it was done again; it "
+            "is no longer shared there"
         )
         self._edge_bytes -= EDGE_BYTES * len(space.edges)
         space.edges.clear()

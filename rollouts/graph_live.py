@@ -98,7 +98,7 @@ class LiveEnvs:
         self._parked.pop(anchor, None)
         state.leases += 1
         try:
-            await self._place(spare=anchor)
+            await self._place()
             try:
                 made = Live(await self.pool.fork(anchor.handle, state.kept), anchor.family)
             except BaseException:
@@ -116,14 +116,12 @@ class LiveEnvs:
         self._park(anchor)
         return made
 
-    async def _place(self, spare: Live | None = None) -> None:
+    async def _place(self) -> None:
         while self._counts.live >= self._limit():
             victim = self._victim()
             if victim is not None:
                 self._parked.pop(victim)
                 self.give(victim)
-            elif spare is not None and self._counts.live == 1:
-                break  # it alone is left, and what it branches into replaces it
             else:
                 self._freed.clear()
                 await self._freed.wait()
@@ -131,6 +129,7 @@ class LiveEnvs:
 
     def _victim(self) -> Live | None:
         """Who is needed least: of a task that nobody works on, then the one parked for longest, anchors last."""
+
         def rank(live: Live) -> tuple[bool, bool]:
             return live.space is not None and live.space.active > 0, live.anchor
 

@@ -169,9 +169,7 @@ class GraphStore:
     def visits(self, id: bytes) -> dict[tuple[bytes, bytes], tuple[int, float]]:
         """How often each (node, operation) was gone through, and the rewards of those episodes, summed."""
         with self._lock:
-            rows = self._reader.execute(
-                "SELECT node, op, count, reward FROM visits WHERE space = ?", (id,)
-            ).fetchall()
+            rows = self._reader.execute("SELECT node, op, count, reward FROM visits WHERE space = ?", (id,)).fetchall()
         return {(bytes(node), bytes(op)): (int(count), float(reward)) for node, op, count, reward in rows}
 
     def body(self, digest: bytes) -> bytes | None:

@@ -92,9 +92,9 @@ _MEMOISED = frozenset({"pure", "reads", "writes"})
 def may_keep(made: Operation, effects: Mapping[str, str], demoted: Iterable[str], by_digest: bool) -> bool:
     """Whether the outcome is a function of state and operation, as far as is known.
 
-    A tool counts by its effect; one whose randomness comes from the environment's generator ("chance") where the state's
-    digest covers that. A turn that ends the episode, or is a mistake, is answered by the environment, which may look at
-    whatever its tools look at: it counts as the worst of them.
+    A tool counts by its effect; one whose randomness comes from the environment's generator ("chance") where the
+    state's digest covers that. A turn that ends the episode, or is a mistake, is answered by the environment, which may
+    look at whatever its tools look at: it counts as the worst of them.
     """
     allowed = _MEMOISED | {"chance"} if by_digest else _MEMOISED
     bad = frozenset(demoted)

@@ -1,4 +1,4 @@
-"""Pools whose environments can be brought to a state: what the operation graph runs on. Here in threads of this process.
+"""Pools whose environments can be brought to a state, for the operation graph; here in threads of this process.
 
 Always true: as of `envpool`; and what is kept for an environment is let go by its number, whatever became of the
 environment.

@@ -163,4 +163,3 @@ def plain_step(result: StepResult) -> StepResult:
 
 def _plain(observation: Observation) -> Observation:
     return Observation(tuple(observation.messages))
-
