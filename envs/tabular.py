@@ -45,6 +45,8 @@ class TabularState(gymnasium.Wrapper[Any, Any, Any, Any]):
             getattr(inner, "fickle_passenger", False)
         )
         self._names = _changing(env)
+        kind = type(inner)
+        self._id = f"{kind.__module__}.{kind.__qualname__} {hashlib.sha256(repr(table).encode()).hexdigest()}"
 
     def state_digest(self) -> str:
         """Hex sha256 of what the rest of the episode depends on."""
@@ -77,13 +79,6 @@ class TabularState(gymnasium.Wrapper[Any, Any, Any, Any]):
         made = TabularState(copy.deepcopy(self.env))
         made.rollback(snapshot)
         return made
-
-    @property
-    def _id(self) -> str:
-        inner: Any = self.env.unwrapped
-        table = hashlib.sha256(repr(inner.P).encode()).hexdigest() if not hasattr(self, "_table") else self._table
-        self._table = table
-        return f"{type(inner).__module__}.{type(inner).__qualname__} {table[:16]}"
 
 
 def _changing(env: gymnasium.Env[Any, Any]) -> frozenset[str]:

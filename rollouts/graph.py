@@ -93,7 +93,7 @@ class OperationGraph:
         self._unloaded: set[Key] = set()
 
     @property
-    def bytes(self) -> int:
+    def held_bytes(self) -> int:
         """Held in memory, about."""
         return self._bytes + self._edge_bytes
 
@@ -196,8 +196,8 @@ class OperationGraph:
         self.counts.mismatches += 1
         demoted = tuple(sorted({*space.row.demoted, *(tools or ("",))}))
         self.say(
-            f"task {space.row.task}: {', '.join(tools) or 'the end of an episode'} gave {why} when it was done again; it "
-            "is no longer shared there"
+            f"task {space.row.task}: {', '.join(tools) or 'the end of an episode'} gave {why} when it was done again; "
+            "it is no longer shared there"
         )
         self._edge_bytes -= EDGE_BYTES * len(space.edges)
         space.edges.clear()
@@ -251,7 +251,7 @@ class OperationGraph:
             if not self._spaces[id].active:
                 self._edge_bytes -= EDGE_BYTES * len(self._spaces.pop(id).edges)
                 self._unloaded.add(id)
-        while self._bodies and self.bytes + more > most:
+        while self._bodies and self.held_bytes + more > most:
             _, body = self._bodies.popitem(last=False)
             self._bytes -= len(body)
         return self._edge_bytes + more <= most // 2

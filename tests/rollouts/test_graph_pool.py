@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections import Counter
+from typing import ClassVar
 
 import machine
 import pytest
@@ -187,7 +188,7 @@ async def test_identical_operations_in_flight_run_once():
 class Breaks(machine.Machine):
     """`fault` says what happens at the n-th step of all."""
 
-    plan = {}
+    plan: ClassVar = {}
 
     def fault(self, action):
         what = self.plan.get(self.done["step"])
@@ -200,7 +201,7 @@ async def test_a_follower_takes_over_when_the_leader_fails(error, raised):
     """I3: the failure is the leader's alone, and is not kept."""
 
     class Here(Breaks):
-        plan = {1: error}
+        plan: ClassVar = {1: error}
         delay = 0.02
 
     pool = graph_pool(Here)
@@ -214,7 +215,7 @@ async def test_a_follower_takes_over_when_the_leader_fails(error, raised):
 
 async def test_where_everybody_fails_everybody_is_told_within_three_rounds():
     class Here(Breaks):
-        plan = dict.fromkeys(range(100), EnvFailure("gone", "x"))
+        plan: ClassVar = dict.fromkeys(range(100), EnvFailure("gone", "x"))
         delay = 0.02
 
     pool = graph_pool(Here)
@@ -235,7 +236,7 @@ def balanced_with_failures(pool, failures):
 
 async def test_a_step_past_its_deadline_is_a_timeout_and_is_not_kept():
     class Here(machine.Machine):
-        hangs = [True]
+        hangs: ClassVar = [True]
 
         def fault(self, action):
             if self.hangs and action.tool_calls:
@@ -408,6 +409,6 @@ async def test_outcomes_stay_within_their_bytes():
     pool = graph_pool(machine.Machine, graph)
     plans = [[[("move", {"by": n})], [("look", {})]] for n in range(60)]
     found = await asyncio.gather(*(play(pool, plan) for plan in plans))
-    assert graph.bytes <= 20_000 and any("memory_mb" in note for note in graph.notes)
+    assert graph.held_bytes <= 20_000 and any("memory_mb" in note for note in graph.notes)
     assert found == await play_all(ThreadStatePool(machine.Machine, deadline_s=5), plans)
     await pool.close()
