@@ -10,7 +10,8 @@ import pytest
 from espalier.envs.core import Action, EnvFailure
 from espalier.rollouts.envpool import EnvRaised
 from espalier.rollouts.graph import OperationGraph
-from espalier.rollouts.graph_pool import NOT_REPRODUCIBLE, GraphPool
+from espalier.rollouts.graph_pool import GraphPool
+from espalier.rollouts.graph_reach import NOT_REPRODUCIBLE
 from espalier.rollouts.statepool import ThreadStatePool
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -272,7 +273,7 @@ async def test_whoever_is_cancelled_the_others_get_their_answer(who):
     again = await play(pool, [[("move", {"by": 1})]])
     assert again[1][0].messages[0]["tool_call_id"] == "0.0"
     counts = pool.counts
-    assert counts.live <= 1 and not pool._flights
+    assert counts.live <= 1 and not len(pool._once)
     await pool.close()
     assert counts.live == 0
 
@@ -292,7 +293,7 @@ async def test_many_episodes_with_failures_and_cancellations_leave_nothing_behin
     found = await asyncio.gather(*tasks, return_exceptions=True)
     kinds = Counter(type(one).__name__ for one in found)
     assert kinds["list"] > 10 and set(kinds) <= {"list", "EnvFailure", "CancelledError"}
-    assert not pool._flights and pool._walkers == 0
+    assert not len(pool._once) and pool._walkers == 0
     assert all(space.active == 0 for space in pool.graph._spaces.values())
     await pool.close()
     assert pool.counts.live == 0 and not pool.lives._kept and pool.lives.kept_bytes == 0
