@@ -37,8 +37,8 @@ class TabularState(gymnasium.Wrapper[Any, Any, Any, Any]):
         super().__init__(env)
         inner = env.unwrapped
         table = getattr(inner, "P", None)
-        if not isinstance(table, dict) or not hasattr(inner, "s"):
-            raise NoDigest(f"{env} has no table of transitions (P) and no state (s)")
+        if not isinstance(table, dict):
+            raise NoDigest(f"{env} has no table of transitions (P)")
         if env is not inner:
             raise NoDigest(f"{env} is wrapped; give the environment itself, and wrap the result")
         self._certain = all(len(ways) == 1 for by_action in table.values() for ways in by_action.values()) and not (
@@ -99,4 +99,6 @@ def _changing(env: gymnasium.Env[Any, Any]) -> frozenset[str]:
     unknown = {name for name in found if name not in known and not name.startswith("_np_random")}
     if unknown:
         raise NoDigest(f"{env} changes {', '.join(sorted(unknown))}, which a digest of tables does not cover")
+    if not hasattr(inner, "s"):
+        raise NoDigest(f"{env} has no state (s)")
     return frozenset(name for name in known if hasattr(inner, name))

@@ -55,7 +55,9 @@ async def rollout(pool: EnvPool, task: Task, seed: int, policy: Policy, rng: ran
     return seen
 
 
-async def group(pool: EnvPool, task: Task, seed: int, policy: Policy, epoch: int, steps: int, size: int) -> list[Record]:
+async def group(
+    pool: EnvPool, task: Task, seed: int, policy: Policy, epoch: int, steps: int, size: int
+) -> list[Record]:
     """`size` rollouts of a task at once, each with its own generator."""
     rngs = [random.Random(f"{task.id}/{epoch}/{number}") for number in range(size)]
     return await asyncio.gather(*(rollout(pool, task, seed, policy, rng, steps) for rng in rngs))
@@ -205,7 +207,9 @@ def main() -> None:
 
             runs.append(bench.arm({"toy": kind, "sharpness": sharpness, "tasks": tasks}, measure))
     runs.append(
-        bench.arm({"spreadsheets": 1}, lambda: asyncio.run(spreadsheets.measure(2 if quick else 24, 4 if quick else 16)))
+        bench.arm(
+            {"spreadsheets": 1}, lambda: asyncio.run(spreadsheets.measure(2 if quick else 24, 4 if quick else 16))
+        )
     )
     if coding.possible():
         arm = (1, 1, 4) if quick else (6, 2, ROLLOUTS)
