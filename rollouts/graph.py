@@ -179,7 +179,7 @@ class OperationGraph:
         space.edges[node, op.id] = edge
         self._keep_body(space, made.body)
         if self.store is not None:
-            self.store.put_body(space.row.id, op.id, op.text.encode())
+            self.store.put_operation(space.row.id, op.id, op.text)
             self.store.put_edge(space.row.id, edge)
         return edge
 

@@ -24,7 +24,7 @@ from .states import Kept
 Place = tuple[Key, Key]
 """A namespace's name and a node."""
 
-HOP_SECONDS = 1e-4
+HOP_SECONDS = 3e-4
 """What handing one operation to an environment takes beside the operation."""
 
 
@@ -229,7 +229,8 @@ class LiveEnvs:
         """
         if not space.traits.rollback:
             return False
-        again = (0.5 if space.active > 1 else 0.1) * (seconds + HOP_SECONDS * (steps + 1))
+        likely = 0.5 if space.active > 1 or space.traits.travels else 0.1
+        again = likely * (seconds + HOP_SECONDS * (steps + 1))
         return again > self._keeping.get(space.row.id, 0.0)
 
     def keep(self, live: Live, space: Space, node: Key, kept: Kept, seconds: float, keeping: float) -> None:

@@ -14,7 +14,6 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 SCHEMA = "1"
 BUSY_SECONDS = 10.0
+_OF_SPACES = ("edges", "operations", "bodies", "visits")
 BATCH_SECONDS = 0.05
 FLUSH_SECONDS = 60.0
 MOST_PENDING = 100_000
@@ -41,6 +41,9 @@ CREATE TABLE edges (
     space BLOB NOT NULL, node BLOB NOT NULL, op BLOB NOT NULL, next BLOB NOT NULL, body BLOB NOT NULL,
     essence BLOB NOT NULL, ended INTEGER NOT NULL, reward REAL NOT NULL, cost REAL NOT NULL,
     PRIMARY KEY (space, node, op)
+) WITHOUT ROWID;
+CREATE TABLE operations (
+    space BLOB NOT NULL, op BLOB NOT NULL, text TEXT NOT NULL, PRIMARY KEY (space, op)
 ) WITHOUT ROWID;
 CREATE TABLE bodies (digest BLOB PRIMARY KEY, space BLOB NOT NULL, data BLOB NOT NULL);
 CREATE INDEX bodies_of ON bodies (space);
@@ -172,6 +175,12 @@ class GraphStore:
             rows = self._reader.execute("SELECT node, op, count, reward FROM visits WHERE space = ?", (id,)).fetchall()
         return {(bytes(node), bytes(op)): (int(count), float(reward)) for node, op, count, reward in rows}
 
+    def operations(self, id: bytes) -> dict[bytes, str]:
+        """The canonical text of each operation of a namespace."""
+        with self._lock:
+            rows = self._reader.execute("SELECT op, text FROM operations WHERE space = ?", (id,)).fetchall()
+        return {bytes(op): str(text) for op, text in rows}
+
     def body(self, digest: bytes) -> bytes | None:
         """The body with this sha256; None when it is not there or is not what was stored."""
         waiting = self._bodies.get(digest)
@@ -213,6 +222,10 @@ class GraphStore:
         )  # fmt: skip
         self._put(f"INSERT OR REPLACE INTO edges (space, {_EDGE}) VALUES ({_marks(9)})", values)
 
+    def put_operation(self, space: bytes, op: bytes, text: str) -> None:
+        """Store what an operation is, for who looks at the graph."""
+        self._put("INSERT OR IGNORE INTO operations VALUES (?, ?, ?)", (space, op, text))
+
     def drop_edge(self, space: bytes, node: bytes, op: bytes) -> None:
         """Remove an edge."""
         self._put("DELETE FROM edges WHERE space = ? AND node = ? AND op = ?", (space, node, op))
@@ -233,8 +246,8 @@ class GraphStore:
         )
 
     def clear(self, space: bytes) -> None:
-        """Remove a namespace's edges, bodies and visits."""
-        for table in ("edges", "bodies", "visits"):
+        """Remove what a namespace holds."""
+        for table in _OF_SPACES:
             self._put(f"DELETE FROM {table} WHERE space = ?", (space,))
 
     def _put(self, statement: str, values: tuple[Any, ...]) -> bool:
@@ -306,7 +319,7 @@ class GraphStore:
         ids = [row[0] for row in database.execute("SELECT id FROM spaces ORDER BY used")]
         for id in ids[:-1]:
             database.execute("BEGIN IMMEDIATE")
-            for table in ("edges", "bodies", "visits"):
+            for table in _OF_SPACES:
                 database.execute(f"DELETE FROM {table} WHERE space = ?", (id,))
             database.execute("DELETE FROM spaces WHERE id = ?", (id,))
             database.execute("COMMIT")
@@ -372,20 +385,3 @@ def _unpacked(data: bytes) -> bytes | None:
     except zlib.error:
         return None
     return found if opened.eof else None
-
-
-def walk(edges: list[EdgeRow], root: bytes) -> Iterator[tuple[int, EdgeRow]]:
-    """The edges that can be reached from `root`, nearest first, each with its depth."""
-    by_node: dict[bytes, list[EdgeRow]] = {}
-    for edge in edges:
-        by_node.setdefault(edge.node, []).append(edge)
-    seen, front, depth = {root}, [root], 0
-    while front:
-        following: list[bytes] = []
-        for node in front:
-            for edge in by_node.get(node, ()):
-                yield depth, edge
-                if edge.next not in seen:
-                    seen.add(edge.next)
-                    following.append(edge.next)
-        front, depth = following, depth + 1

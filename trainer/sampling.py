@@ -44,6 +44,7 @@ from . import tasks as tasklists
 from .errors import UserError
 from .placement import Placement
 from .plan import engine_placement
+from .runs import graph_path
 
 
 def make_sampler(config: RunConfig, base: Path, training: int = 0) -> Sampler:
@@ -154,14 +155,11 @@ def make_pool(config: RunConfig, tasks: Sequence[Task]) -> EnvPool:
         raise UserError(str(error)) from error
 
 
-def graph_path(config: RunConfig) -> Path:
-    """The file of a run's operation graph."""
-    return config.graph.path or config.out / config.name / "graph.sqlite"
-
-
 def _with_graph(config: RunConfig, recipe: EnvRecipe, pool: StatePool) -> GraphPool:
     section = config.graph
-    store = GraphStore(graph_path(config), most_bytes=section.disk_mb << 20) if section.disk_mb else None
+    # an evaluation leaves a run's folder as it is: what has none keeps nothing
+    wanted = section.disk_mb and (section.path is not None or (config.out / config.name).is_dir())
+    store = GraphStore(graph_path(config), most_bytes=section.disk_mb << 20) if wanted else None
     return GraphPool(
         pool,
         OperationGraph(store, most_bytes=section.memory_mb << 20),
