@@ -123,9 +123,13 @@ class LiveEnvs:
                 self._parked.pop(victim)
                 self.give(victim)
             else:
-                self._freed.clear()
-                await self._freed.wait()
+                await self.freed()
         self._count(+1)
+
+    async def freed(self) -> None:
+        """Wait until an environment is parked or gone."""
+        self._freed.clear()
+        await self._freed.wait()
 
     def _victim(self) -> Live | None:
         """Who is needed least: of a task that nobody works on, then the one parked for longest, anchors last."""
@@ -201,9 +205,8 @@ class LiveEnvs:
         anchor.anchor = False
         return self._unpark(anchor)
 
-    @property
     def room(self) -> bool:
-        """Whether one more environment may be had without waiting, anchors left alone."""
+        """Whether a branch may be had without waiting, and without any anchor's end."""
         return self._counts.live < self._limit() or any(not live.anchor for live in self._parked)
 
     def _fits(self, space: Space, live: Live, state: KeptState) -> bool:

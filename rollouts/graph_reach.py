@@ -103,25 +103,28 @@ class Reach:
     async def _near(self, place: Place, node: Key) -> tuple[Live | None, KeptState | None]:
         """An environment that stands at `node`, or can be brought to what is kept of it; None where there is none."""
         space, lives = place.space, self.lives
-        live = lives.standing(space, node)
-        if live is not None:
-            return live, None
-        state = lives.kept(space, node)
-        if state is None:
-            return None, None
-        live = lives.mover(space, state)
-        if live is not None:
-            return live, state
+        while True:
+            live = lives.standing(space, node)
+            if live is not None:
+                return live, None
+            state = lives.kept(space, node)
+            if state is None:
+                return None, None
+            live = lives.mover(space, state)
+            if live is not None:
+                return live, state
+            anchor = lives.anchor(space, state)
+            if space.traits.travels or anchor is not None:
+                break
+            await lives.freed()  # all of the family are at work; a new one would have to come here from the start
         if space.traits.travels:
             live = await lives.take(place.task)
             if self.pool.together(live.handle, state.home):
                 return live, state
             lives.give(live)
             return None, None
-        anchor = lives.anchor(space, state)
-        if anchor is None:
-            return None, None
-        if not lives.room:
+        assert anchor is not None
+        if not lives.room():
             return lives.use_anchor(anchor), state
         return await lives.branch(anchor, state), None
 

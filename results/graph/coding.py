@@ -1,7 +1,7 @@
 """Coding tasks in the sandbox, and a script that works on them by chance: it looks around, tries things, edits, tests.
 
-The script draws each turn among the commands below, by weights that depend on the turn alone; it knows neither the
-tests nor whether an edit is right. So what it repeats says what such a script repeats.
+At each turn the script does what it does most at that turn with the chance `HABIT`, else it draws evenly among some
+commands; it knows neither the tests nor whether an edit is right. So what it repeats says what such a script repeats.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from espalier.envs.coding.task import CodeTask
 from espalier.envs.core import Action, Observation, ToolCall
 from espalier.envs.sandbox import Box, BoxError
 
-TURNS = 8
+TURNS = 7
+HABIT = 0.7
+"""How often the script does what it does at this turn most."""
 SECONDS = 30.0
 
 
@@ -44,34 +46,34 @@ def policy(task: CodeTask) -> Callable[[Observation, int, random.Random], Action
     module = next(name for name in task.files if not name.startswith("test_"))
     source = task.files[module]
     stem = module.removesuffix(".py")
+    shells = [
+        f"cat {module}",
+        "ls",
+        f"cat test_{module}",
+        "ls -1 | wc -l && python3 --version",
+        f"grep -n def {module}",
+    ]
+    looks = [("shell", {"command": command}) for command in shells]
+    imports = f"import {stem}; sorted(n for n in dir({stem}) if not n.startswith('_'))"
+    tries: list[tuple[str, dict[str, Any]]] = [
+        ("run_tests", {}),
+        ("python", {"code": imports}),
+        ("shell", {"command": f"python3 -m py_compile {module} && echo fine"}),
+        ("read_file", {"path": module}),
+    ]
     edits = [
         source.replace("pass", "return None"),
         source.replace("+ 1", "+ 0"),
         source.replace("<", "<="),
         source.replace("    pass", "    return 0"),
-        source + "\n\nprint('loaded')\n",
     ]
-    looks: list[tuple[str, dict[str, Any], float]] = [
-        ("shell", {"command": "ls"}, 4.0),
-        ("shell", {"command": f"cat {module}"}, 4.0),
-        ("shell", {"command": f"cat test_{module}"}, 3.0),
-        ("shell", {"command": "ls -1 | wc -l && python3 --version"}, 1.0),
-        ("read_file", {"path": module}, 3.0),
-        ("shell", {"command": f"grep -n def {module}"}, 1.0),
-    ]
-    tries: list[tuple[str, dict[str, Any], float]] = [
-        ("run_tests", {}, 4.0),
-        ("python", {"code": f"import {stem}; sorted(n for n in dir({stem}) if not n.startswith('_'))"}, 1.0),
-        ("shell", {"command": f"python3 -m py_compile {module} && echo fine"}, 1.0),
-    ]
-    changes = [("write_file", {"path": module, "content": text}, 1.5) for text in dict.fromkeys(edits)]
-    submit = ("submit", {}, 1.0)
+    changes = [("write_file", {"path": module, "content": text}) for text in dict.fromkeys(edits)]
+    submit: tuple[str, dict[str, Any]] = ("submit", {})
+    habits = [looks, looks[1:] + looks[:1], tries, changes, tries, [submit, *changes], [submit]]
 
     def draw(seen: Observation, turn: int, rng: random.Random) -> Action:
-        if turn == TURNS - 1:
-            return Action("", (ToolCall("submit", {}, "", f"{turn}.0"),))
-        offered = looks if turn < 2 else [*looks, *tries, *changes] if turn < 5 else [*tries, *changes, submit]
-        name, arguments, _ = rng.choices(offered, [weight for *_, weight in offered])[0]
+        offered = habits[turn]
+        name, arguments = offered[0] if rng.random() < HABIT else rng.choice(offered)
         return Action("", (ToolCall(name, arguments, "", f"{turn}.0"),))
 
     return draw

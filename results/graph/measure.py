@@ -212,7 +212,7 @@ def main() -> None:
         )
     )
     if coding.possible():
-        arm = (1, 1, 4) if quick else (6, 2, ROLLOUTS)
+        arm = (1, 1, 4) if quick else (4, 2, ROLLOUTS)
         runs.append(bench.arm({"sandbox": arm}, lambda: asyncio.run(sandbox(*arm))))
     slow = bench.arm({"slow": 1}, lambda: asyncio.run(slow_tool(4 if quick else STEPS, 1 if quick else 5)))
     figures = reckon(runs, slow)
@@ -274,8 +274,9 @@ out: 1 means that nothing was done twice.
 Toy-text: 24 tasks, {EPOCHS} epochs, {STEPS} steps at most; policies are random softmax tables (logits are the sharpness
 times a standard normal), the same in each epoch: read the order, not the sizes. Spreadsheet: `spreadsheet-tiny`'s
 training tasks with the shipped policy at temperature 1 in the embedded sampler; whole trajectories are compared, token
-ids and log-probabilities included. Sandbox: generated coding tasks; the policy is a script that draws among commands,
-edits and tests, so its figure says what such a script repeats, not what a model does.
+ids and log-probabilities included. Sandbox: generated coding tasks; the policy is a script that at each turn does what
+it does most there with chance {coding.HABIT:g}, else draws evenly among commands, edits and tests, so its figure says
+what such a script repeats, not what a model does; states are named by the history of what may have changed something.
 
 {told}A group whose every step takes {SLOW_SECONDS * 1e3:.0f} ms ({slow["steps"]} steps at most, FrozenLake, sharpness
 {SHARPNESSES[0]:g}; {ROLLOUTS} environments without the graph, {LIVE} with it) takes {slow["seconds_off"]:.2f} s without

@@ -33,7 +33,7 @@ async def measure(tasks: int, size: int) -> dict[str, Any]:
         known = tasklists.load(on.env, "train", on.seed, on.env.task_count)[:tasks]
         seconds, episodes = {}, {}
         pool: EnvPool
-        for name, config in (("off", off), ("on", on)):
+        for name, config in (("warm-up", off), ("off", off), ("on", on)):
             pool = make_pool(config, known)
             started = time.perf_counter()
             episodes[name], marks = await _play(config, base, version, pool, known, size)

@@ -3,8 +3,10 @@
 import asyncio
 import random
 from collections import Counter
+from pathlib import Path
 from typing import ClassVar
 
+import adding
 import machine
 import pytest
 from espalier.envs.core import Action, EnvFailure
@@ -12,7 +14,11 @@ from espalier.rollouts.envpool import EnvRaised
 from espalier.rollouts.graph import OperationGraph
 from espalier.rollouts.graph_pool import GraphPool
 from espalier.rollouts.graph_reach import NOT_REPRODUCIBLE
+from espalier.rollouts.runner import GroupSpec, RolloutRunner
+from espalier.rollouts.samplers.base import SamplingParams
+from espalier.rollouts.samplers.scripted import ScriptedSampler, say
 from espalier.rollouts.statepool import ThreadStatePool
+from espalier.rollouts.types import FailureKind, PolicyVersion
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from machine import act
@@ -413,3 +419,36 @@ async def test_outcomes_stay_within_their_bytes():
     assert graph.held_bytes <= 20_000 and any("memory_mb" in note for note in graph.notes)
     assert found == await play_all(ThreadStatePool(machine.Machine, deadline_s=5), plans)
     await pool.close()
+
+
+async def test_a_failing_environment_fails_the_same_episodes_in_the_same_way(plain):
+    """Failure paths: the runner cannot tell a graph by the kinds of its failures."""
+
+    def script(request, turn):
+        lines = [adding.call("add", n=3), adding.call("add", n=4), "done"]
+        return say(plain.encode, lines[turn])
+
+    async def run(fault, graph):
+        sampler = ScriptedSampler(script, stop=plain.stop_ids[0])
+        pool = ThreadStatePool(lambda: adding.Adder(fault), deadline_s=0.3, max_stuck=40)
+        if graph:
+            pool = GraphPool(pool, OperationGraph(), env_id="toy", identity="x", verify_share=0.0)
+        runner = RolloutRunner(
+            sampler=sampler, renderer=plain, pool=pool, episode=adding.budget(), run="r", seed=1, concurrency=4
+        )
+        await sampler.publish(PolicyVersion(0, "d", Path("base"), "b"))
+        (group,) = await runner.run_groups([GroupSpec("g", adding.task(7), 3)], SamplingParams(), 0)
+        await runner.close()
+        assert runner.counts.started == runner.counts.trajectories + sum(runner.counts.failures.values())
+        return [(f.kind, f.message, f.retryable) for f in group.failures], [t.sequences for t in group.trajectories]
+
+    for fault, kind in (
+        (adding.crash, FailureKind.ENV),
+        (adding.bug, FailureKind.ENV),
+        (adding.ungraded, FailureKind.UNGRADED),
+        (adding.hang(1.0), FailureKind.ENV_TIMEOUT),
+        (None, None),
+    ):
+        without, with_graph = await run(fault, False), await run(fault, True)
+        assert with_graph == without
+        assert [found for found, *_ in without[0]] == ([kind] * 3 if kind else [])
