@@ -181,9 +181,11 @@ class LiveEnvs:
 
     def standing(self, space: Space, node: Key) -> Live | None:
         """A parked environment that stands at `node`, now its caller's."""
-        for live in self._parked:
+        for live in list(self._parked):
             if live.space is space and live.node == node and not live.anchor:
-                return self._unpark(live)
+                if self.pool.alive(live.handle):
+                    return self._unpark(live)
+                self.drop(live)
         return None
 
     def mover(self, space: Space, state: KeptState) -> Live | None:

@@ -275,22 +275,21 @@ class GraphPool:
         if self._closed or len(self._checks) >= MOST_CHECKS:
             self.graph.say("episodes end faster than their operations can be checked; some were not")
             return
+        place.space.active += 1  # it stays in memory until then
         task = asyncio.ensure_future(self._check(place))
         self._checks.add(task)
         task.add_done_callback(self._checks.discard)
 
     async def _check(self, place: Place) -> None:
         """Carry out everything that an episode went through, in a fresh environment. What fails says nothing."""
-        async with self._checking:
-            if place.name != place.space.name:
-                return
-            place.space.active += 1
-            try:
-                self.lives.give(await self._reach.from_start(place, check=True))
-            except (EnvFailure, EnvRaised, TimeoutError):
-                return
-            finally:
-                place.space.active -= 1
+        try:
+            async with self._checking:
+                if place.name == place.space.name:
+                    self.lives.give(await self._reach.from_start(place, check=True))
+        except (EnvFailure, EnvRaised, TimeoutError):
+            return
+        finally:
+            place.space.active -= 1
 
     async def settled(self) -> None:
         """Wait until every check that is due is done."""

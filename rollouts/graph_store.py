@@ -209,7 +209,13 @@ class GraphStore:
             row.id, row.env, row.task, row.seed, row.generation, row.root, row.opening, row.essence, row.cost,
             row.traits, int(row.by_digest), json.dumps(row.demoted), time.time(),
         )  # fmt: skip
-        self._put(f"INSERT OR REPLACE INTO spaces ({_SPACE}, used) VALUES ({_marks(13)})", values)
+        names = f"{_SPACE}, used".split(", ")
+        newer = ", ".join(f"{name} = excluded.{name}" for name in names)
+        self._put(  # what another process has found out since is not forgotten
+            f"INSERT INTO spaces ({', '.join(names)}) VALUES ({_marks(13)}) ON CONFLICT DO UPDATE SET {newer} "
+            "WHERE excluded.generation >= spaces.generation",
+            values,
+        )
 
     def touch(self, id: bytes) -> None:
         """A namespace was used."""

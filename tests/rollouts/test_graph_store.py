@@ -223,3 +223,13 @@ async def test_a_worker_that_dies_costs_nobody_what_is_known():
     assert inner.pids != [pid] and pool.counts.replayed >= 1
     await pool.close()
     assert pool.counts.live == 0
+
+
+def test_what_was_distrusted_is_not_trusted_again_by_a_process_that_does_not_know(tmp_path):
+    with GraphStore(tmp_path / "g.sqlite") as one, GraphStore(tmp_path / "g.sqlite") as other:
+        one.put_space(SpaceRow(b"s", "env", "task", 0, generation=1, demoted=("look",)))
+        one.flush()
+        other.put_space(SpaceRow(b"s", "env", "task", 0, root=b"r"))
+        other.flush()
+        (row,) = other.spaces()
+        assert row.generation == 1 and row.demoted == ("look",)
