@@ -10,6 +10,7 @@ by history and without the tools that were caught. No environment is touched her
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -66,6 +67,7 @@ class Space:
     edges: dict[tuple[Key, Key], EdgeRow] = field(default_factory=dict)
     active: int = 0
     full: bool = False
+    planting: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def node(self, parent: Key, op: Key, digest: str | None) -> Key:
         """The name of the state behind an operation."""

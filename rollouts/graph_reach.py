@@ -65,6 +65,7 @@ class Reach:
     def __init__(self, pool: StatePool, graph: OperationGraph, lives: LiveEnvs) -> None:
         self.pool, self.graph, self.lives = pool, graph, lives
         self._counts = graph.counts
+        self._barren: set[Key] = set()  # namespaces whose start cannot be kept
 
     async def carried_out(self, place: Place, action: Action, keep: bool) -> tuple[Live, Came]:
         """An environment that has carried out `action` where `place` is, now the caller's, and what came of it."""
@@ -82,6 +83,7 @@ class Reach:
     async def reach(self, place: Place) -> tuple[Live, KeptState | None]:
         """An environment that stands where `place` is, or is to be brought to the kept state there."""
         nodes = [*(step.node for step in place.trail), place.node]
+        await self._plant(place, nodes[0])
         for at in range(len(place.trail), -1, -1):
             live, state = await self._near(place, nodes[at])
             if live is None:
@@ -99,6 +101,30 @@ class Reach:
                 self.lives.drop(live)
                 raise
         return await self.from_start(place), None
+
+    async def _plant(self, place: Place, root: Key) -> None:
+        """Where kept states belong to a family: one environment at the start, for all others to branch from, instead of
+        one from the start for each.
+        """
+        space = place.space
+        if not space.traits.rollback or space.traits.travels or place.name != space.name:
+            return
+        async with space.planting:
+            if space.name in self._barren or place.name != space.name or self.lives.kept(space, root) is not None:
+                return
+            live = await self.lives.take(place.task)
+            try:
+                came, _ = await self.pool.begin(live.handle, place.seed, dict(place.options), True)
+                self._counts.replayed += 1
+                self._same_start(place, came)
+            except BaseException:
+                self.lives.drop(live)
+                raise
+            if came.kept is None:
+                self._barren.add(space.name)
+            else:
+                self.lives.keep(live, space, root, came.kept, came.seconds, came.seconds_keeping)
+            self.lives.park(live, space, root, anchor=came.kept is not None)
 
     async def _near(self, place: Place, node: Key) -> tuple[Live | None, KeptState | None]:
         """An environment that stands at `node`, or can be brought to what is kept of it; None where there is none."""
@@ -151,9 +177,11 @@ class Reach:
             self._count_again(check)
             self._same_start(place, came)
             for step in place.trail:
-                came = await self._go_on(live, None, step.op.action, False)
+                keep = not check and self.worth(place) and self.lives.kept(place.space, step.next) is None
+                came = await self._go_on(live, None, step.op.action, keep)
                 self._count_again(check)
                 self._same(place, step, came)
+                self._keep(live, place, step.next, came)
         except BaseException:
             self.lives.drop(live)
             raise

@@ -59,7 +59,7 @@ def operation(action: Action, by_calls: bool) -> Operation | None:
     try:
         if not _lossless(said):
             return None
-        text = json.dumps([action.text, said], separators=(",", ":"), default=_plain)
+        text = _WRITTEN.encode([action.text, said])
     except (TypeError, ValueError, RecursionError):
         return None
     names = tuple(dict.fromkeys(call.name for call in action.tool_calls))
@@ -86,6 +86,7 @@ def _plain(value: object) -> Any:
     raise TypeError(f"{type(value).__name__} is not JSON")
 
 
+_WRITTEN = json.JSONEncoder(separators=(",", ":"), default=_plain)
 _MEMOISED = frozenset({"pure", "reads", "writes"})
 
 
