@@ -258,7 +258,8 @@ def report(figures: dict[str, float], runs: list[dict[str, Any]], slow: dict[str
         if run["name"] == "sandbox":
             told = (
                 f"The sandbox's groups took {run['seconds_on']:.0f} s with the graph and {run['seconds_off']:.0f} s "
-                f"without it (both with {LIVE} boxes at work at once). "
+                f"without it ({LIVE} boxes with it, without it one for each rollout). Other work shared the machine, so "
+                "read these times, and those below, as an order.\n\n"
             )
     return f"""# The operation graph
 
