@@ -130,6 +130,27 @@ class EpisodeSection(Section):
     """Let the template's thinking mode on."""
 
 
+class GraphSection(Section):
+    """The operation graph: environment work that was done once is not done again, in this epoch or a later one."""
+
+    enabled: bool = True
+    """Share the outcomes of turns between episodes that stand in the same state of the same task."""
+    path: Path | None = None
+    """File that keeps them; none: graph.sqlite in the run's folder."""
+    memory_mb: PositiveInt = 256
+    """MiB of outcomes in memory."""
+    disk_mb: NonNegativeInt = 1024
+    """MiB of outcomes in the file, the least recently used tasks go first; 0: nothing is written."""
+    kept_mb: PositiveInt = 256
+    """MiB of environment states that are kept to go on from."""
+    live: NonNegativeInt = 0
+    """Environments alive at once; 0: as many as there are episodes. Fewer save memory; where episodes seldom meet in
+    one state, they then wait for each other."""
+    verify_share: float = Field(default=0.01, ge=0.0, le=1.0)
+    """Share of the episodes whose every turn is carried out again afterwards and compared: a tool that then gives
+    something else is no longer shared in that task, and the graph of that task is dropped."""
+
+
 class SamplingSection(Section):
     """How training episodes are drawn."""
 
@@ -313,6 +334,8 @@ class RunConfig(Section):
     """The environment and its tasks."""
     episode: EpisodeSection = EpisodeSection()
     """Budgets of one episode."""
+    graph: GraphSection = GraphSection()
+    """Environment work done once."""
     sampling: SamplingSection = SamplingSection()
     """How training episodes are drawn."""
     sampler: SamplerSection = SamplerSection()

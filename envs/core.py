@@ -15,7 +15,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypedDict, runtime_checkable
 
 import gymnasium
 
@@ -101,11 +101,15 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A handle to a whole environment state; `state` is opaque and belongs to the environment class that made it."""
+    """A handle to a whole environment state; `state` is opaque and belongs to the environment class that made it.
+
+    `size`: bytes that it holds, 0 where that is not known.
+    """
 
     env_id: str
     digest: str
     state: Any = field(repr=False, compare=False, hash=False)
+    size: int = field(default=0, compare=False)
 
 
 @runtime_checkable
@@ -157,6 +161,13 @@ class AgentEnv(gymnasium.Env[Observation, Action]):
     limit did.
     """
 
+    acts_by_calls: ClassVar[bool] = False
+    """Promise: what a turn does depends on the names and arguments of its calls alone (on `raw` too where a call could
+    not be parsed); text beside them is not read, ids are only echoed. Turns that differ in the rest are then one
+    operation."""
+    snapshots_travel: ClassVar[bool] = False
+    """Promise: every environment made alike takes a snapshot of any other; else only its origin and its branches do."""
+
     @property
     @abstractmethod
     def tools(self) -> Sequence[Tool]:
@@ -177,5 +188,7 @@ class AgentEnv(gymnasium.Env[Observation, Action]):
     def step(self, action: Action) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Carry out one turn: run the calls, answer each by one tool message in the order of the calls.
 
-        `info["tool_errors"]` counts calls answered by a `ToolError`. Raises `EnvFailure` for a failure of ours.
+        `info["tool_errors"]` counts calls answered by a `ToolError`. `info["unrepeatable"]` says why the same turn
+        might go otherwise next time (a time limit was met), where it might; such a turn is never kept. Raises
+        `EnvFailure` for a failure of ours.
         """

@@ -141,7 +141,7 @@ class ThreadEnvPool:
     ) -> None:
         self._make = make_env
         self._deadline = deadline_s
-        self._terse = terse
+        self.terse = terse
         self._max_stuck = max_stuck
         self._max_workers = max(workers, max_workers)
         self._jobs: SimpleQueue[_Job[Any] | None] = SimpleQueue()
@@ -166,7 +166,7 @@ class ThreadEnvPool:
 
         def reset() -> Opening:
             observation, info = handle.reset(seed=seed, options=options)
-            return observation, info, [tool.to_openai(terse=self._terse) for tool in handle.tools]
+            return observation, info, [tool.to_openai(terse=self.terse) for tool in handle.tools]
 
         return await theirs(self.call(reset))
 

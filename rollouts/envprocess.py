@@ -30,6 +30,7 @@ from ..envs.core import Action, EnvFailure
 from .envpool import EnvRaised, Opening, StepResult
 from .link import Link
 from .recipe import EnvRecipe
+from .states import Came, Kept, Traits
 
 START_SECONDS = 120.0
 SLACK_SECONDS = 10.0
@@ -58,7 +59,7 @@ class _Place:
 
 
 class ProcessEnvPool:
-    """An `EnvPool` of `processes` workers, started when they are first needed. To be used in one event loop.
+    """A `StatePool` of `processes` workers, started when they are first needed. To be used in one event loop.
 
     `deadline_s`: of a call, from when it starts to run. Raises `ValueError` for a recipe that no other process can
     follow.
@@ -98,6 +99,33 @@ class ProcessEnvPool:
     async def step(self, handle: _Handle, action: Action) -> StepResult:
         """See `EnvPool`; `info` is reduced to what can be kept as JSON."""
         return cast(StepResult, await handle.worker.call("step", handle.number, pickle.dumps((action,))))
+
+    async def begin(self, handle: _Handle, seed: int, options: dict[str, Any], keep: bool) -> tuple[Came, Traits]:
+        """See `StatePool`."""
+        said = pickle.dumps((seed, options, keep))
+        return cast("tuple[Came, Traits]", await handle.worker.call("begin", handle.number, said))
+
+    async def go_on(self, handle: _Handle, at: Kept | None, action: Action, keep: bool) -> Came:
+        """See `StatePool`."""
+        return cast(Came, await handle.worker.call("go_on", handle.number, pickle.dumps((at, action, keep))))
+
+    async def fork(self, handle: _Handle, at: Kept) -> _Handle:
+        """See `StatePool`."""
+        made = _Handle(handle.worker, next(self._numbers))
+        await handle.worker.call("fork", handle.number, pickle.dumps((made.number, at)))
+        return made
+
+    def forget(self, handle: _Handle, kept: Kept) -> None:
+        """See `StatePool`."""
+        handle.worker.tell("forget", kept)
+
+    def alive(self, handle: _Handle) -> bool:
+        """See `StatePool`."""
+        return handle.worker.alive
+
+    def together(self, one: _Handle, other: _Handle) -> bool:
+        """See `StatePool`."""
+        return one.worker is other.worker
 
     def give(self, handle: _Handle) -> None:
         """See `EnvPool`."""
@@ -218,10 +246,10 @@ class _Worker:
         finally:
             self._calls.pop(number, None)
 
-    def tell(self, operation: str, handle: int) -> None:
+    def tell(self, operation: str, what: int | Kept) -> None:
         """Say what needs no answer; a dead worker does not mind."""
         if self.alive:
-            self._link.send(operation, handle)
+            self._link.send(operation, what)
 
     async def reason(self) -> str:
         """Why it ended, once it has."""

@@ -15,11 +15,12 @@ import sys
 from functools import lru_cache
 from typing import Any
 
-from ..envs.core import AgentEnv, EnvFailure, Observation
-from .envpool import EnvRaised, StepResult, ThreadEnvPool
+from ..envs.core import AgentEnv, EnvFailure
+from .envpool import EnvRaised
 from .link import Link
 from .recipe import EnvRecipe
-from .types import plain_info
+from .statepool import ThreadStatePool
+from .states import plain_opening, plain_step
 
 STARTS_KEPT = 64
 """Seeds and options of resets that are kept unpickled."""
@@ -28,12 +29,12 @@ START_BYTES = 1 << 20
 
 
 class _Server:
-    """See the module. `reset` and `step` are calls; the rest is done at once."""
+    """See the module. `reset`, `step`, `begin`, `go_on` and `fork` are calls; the rest is done at once."""
 
     def __init__(self) -> None:
         self.link = Link(self._received, self._orphaned)
         self.done = asyncio.Event()
-        self._pool: ThreadEnvPool | None = None
+        self._pool: ThreadStatePool | None = None
         self._envs: dict[int, AgentEnv | None] = {}
         # a group's episodes start alike: what starts them is unpickled once, so that its task is one object
         self._unpickled = lru_cache(maxsize=STARTS_KEPT)(pickle.loads)
@@ -48,10 +49,13 @@ class _Server:
                 self.link.send("pong")
             case "give" | "drop":
                 self._leave(*arguments, fit=operation == "give")
+            case "forget":
+                if self._pool is not None:
+                    self._pool.forget(None, arguments[0])
             case "close":
                 self._start(self._close())
             case _:
-                if operation == "reset":
+                if operation in ("reset", "begin", "go_on"):
                     self._envs.setdefault(arguments[1], None)
                 self._start(self._answer(operation, *arguments))
 
@@ -69,7 +73,7 @@ class _Server:
         except Exception as error:
             self.link.send("failed", f"{type(error).__name__}: {error}")
             return
-        self._pool = ThreadEnvPool(followed.make, deadline_s=deadline_s, terse=terse)
+        self._pool = ThreadStatePool(followed.make, deadline_s=deadline_s, terse=terse)
         self.link.send("ready")
 
     async def _answer(self, operation: str, number: int, handle: int, payload: bytes) -> None:
@@ -94,12 +98,19 @@ class _Server:
                 self._pool.give(taken)
                 return None
             self._envs[handle] = taken
-        if operation == "reset":
-            seed, options = (self._unpickled if len(payload) <= START_BYTES else pickle.loads)(payload)
-            observation, info, tools = await self._pool.reset(taken, seed, dict(options))
-            return _plain(observation), plain_info(info), tools
-        (action,) = pickle.loads(payload)  # noqa: S301 - from the process that started this one
-        return _plain_step(await self._pool.step(taken, action))
+        if operation in ("reset", "begin"):
+            seed, options, *keep = (self._unpickled if len(payload) <= START_BYTES else pickle.loads)(payload)
+            if keep:
+                return await self._pool.begin(taken, seed, dict(options), *keep)
+            return plain_opening(await self._pool.reset(taken, seed, dict(options)))
+        said = pickle.loads(payload)  # noqa: S301 - from the process that started this one
+        if operation == "go_on":
+            return await self._pool.go_on(taken, *said)
+        if operation == "fork":
+            number, at = said
+            self._envs[number] = await self._pool.fork(taken, at)
+            return None
+        return plain_step(await self._pool.step(taken, *said))
 
     def _leave(self, handle: int, *, fit: bool) -> None:
         env = self._envs.pop(handle, None)
@@ -116,19 +127,6 @@ class _Server:
         if os.getpgrp() == os.getpid():
             os.killpg(0, signal.SIGKILL)
         os._exit(1)
-
-
-def _plain(observation: Observation) -> Observation:
-    return Observation(tuple(observation.messages))
-
-
-def _plain_step(result: StepResult) -> StepResult:
-    """What of a step the runner looks at; the rest of `info` (a task, arrays) stays here."""
-    observation, reward, terminated, truncated, info = result
-    kept = plain_info(info)
-    if info.get("ungraded"):
-        kept.setdefault("ungraded", str(info["ungraded"]))
-    return _plain(observation), float(reward), bool(terminated), bool(truncated), kept
 
 
 async def _serve(end: socket.socket) -> None:

@@ -47,6 +47,9 @@ def check(
         )
     if invalid is not None and invalid > section.max_invalid_calls:
         say("invalid_calls", invalid, section.max_invalid_calls, "most calls are answered by an error")
+    mismatches = (row.get("graph") or {}).get("mismatches", 0)
+    if mismatches:
+        say("graph", mismatches, 0, "operations gave something else when they were done again; see the row's notes")
     gap = row.get("logprob_gap_mean")
     if gap is not None and gap > section.max_logprob_gap and not replayed:
         say("logprob_gap", gap, section.max_logprob_gap, "sampler and trainer no longer compute the same policy")

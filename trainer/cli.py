@@ -196,6 +196,7 @@ def _build() -> argparse.ArgumentParser:
         sub.add_argument("run_name", metavar="RUN", help="a run's name or folder")
     inspect.add_argument("--trajectory", metavar="ID", help="which one (default: the latest)")
     inspect.add_argument("--task", metavar="ID", help="the latest of this task")
+    inspect.add_argument("--graph", action="store_true", help="the operation graph of a task, and what it has saved")
     inspect.add_argument("--logprobs", action="store_true", help="log-probability of every sampled token")
     export.add_argument("--version", type=int, metavar="N", help="which version (default: the best, else the latest)")
     export.add_argument("--merged", action="store_true", help="whole weights instead of an adapter")

@@ -12,11 +12,14 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..configs.load import load
 from ..configs.schema import RunConfig
 from .errors import UserError
+
+if TYPE_CHECKING:
+    from .runs import Run
 
 Result = dict[str, Any]
 """What a command found, JSON-ready. `exit_code` (default 0) is taken out and becomes the process's."""
@@ -211,10 +214,12 @@ def report(args: argparse.Namespace) -> Result:
 
 
 def inspect(args: argparse.Namespace) -> Result:
-    """Show one trajectory."""
+    """Show one trajectory, or the operation graph of a task."""
     from .runs import find_run, read_run
 
     run = read_run(find_run(args.run_name))
+    if args.graph:
+        return _inspect_graph(run, args.task, as_json=args.json)
     from . import inspect as look
 
     store = look.open_store(run)
@@ -225,6 +230,16 @@ def inspect(args: argparse.Namespace) -> Result:
     if not args.json:
         print(look.describe(trajectory, replayed, decode))
     return look.as_json(trajectory, replayed, decode) if args.json else {}
+
+
+def _inspect_graph(run: Run, task: str | None, *, as_json: bool) -> Result:
+    from . import graph_view
+
+    found, totals = graph_view.picture(run, task), graph_view.saved(run.rows)
+    if as_json:
+        return graph_view.as_json(found, totals, graph_view.notes(run.rows))
+    print("\n".join([*graph_view.as_text(found, totals), *graph_view.notes(run.rows)]))
+    return {}
 
 
 def export(args: argparse.Namespace) -> Result:

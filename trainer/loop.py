@@ -175,7 +175,7 @@ def collect(config: RunConfig, *, episodes: int | None = None, on_event: Listene
             on_event({"kind": "phase", "phase": "sampling", "time": time.time()})
         started = time.perf_counter()
         specs = [GroupSpec(f"{config.name}/collect-{begun}/{i}", task, size) for i, task in enumerate(drawn)]
-        numbers = describe(side.groups(specs, version.number))
+        numbers = {**describe(side.groups(specs, version.number)), **side.graph_figures()}
         seconds = time.perf_counter() - started
         return {"version": version.number, **numbers, "seconds": seconds, "tok_s": numbers["sampled_tokens"] / seconds}
 
@@ -433,7 +433,7 @@ class Run:
             raise RuntimeError("there is no environment to evaluate in")
         number = self.progress.version if version is None else version
         result = self.side.evaluate(self.held_out[:count], number, self.progress.step, greedy)
-        event = result.event()
+        event = {**result.event(), **self.side.graph_figures()}
         self.recorder.emit(event.pop("kind"), **event)
         if not result.n:
             said = ", ".join(f"{count} {kind}" for kind, count in result.failures.items())

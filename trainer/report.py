@@ -19,6 +19,7 @@ from statistics import fmean
 from typing import Any, TypeGuard
 
 from ..rollouts.types import Trajectory
+from . import graph_view
 from .charts import AFTER, THIRD, Pair, Point, Series, line_chart, pair_bars
 from .errors import UserError
 from .inspect import column_name, open_store, safe, try_replay
@@ -75,6 +76,7 @@ def build(run: Run) -> str:
         _families(run),
         _left_out(run),
         _lengths(run),
+        _graph(run),
         _examples(run),
         _settings(run),
     ]
@@ -236,6 +238,17 @@ def _lengths(run: Run) -> str:
         return ""
     head = '<tr><th></th><th class="num">first steps</th><th class="num">last steps</th></tr>'
     return f'<h2>Lengths and health</h2><table>{head}{"".join(rows)}</table><p class="note">Means of five steps.</p>'
+
+
+def _graph(run: Run) -> str:
+    totals = graph_view.saved(run.rows)
+    if not totals:
+        return ""
+    try:
+        drawn = graph_view.picture(run)
+    except UserError:
+        drawn = None
+    return graph_view.as_html(drawn, totals, graph_view.notes(run.rows))
 
 
 def _examples(run: Run) -> str:

@@ -13,12 +13,16 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..configs.schema import RunConfig
 from ..envs.core import Task
 from ..rollouts.envpool import EnvPool
 from ..rollouts.episode import episode_key
+from ..rollouts.graph import GraphCounts
+from ..rollouts.graph_pool import GraphPool
 from ..rollouts.runner import GroupSpec, RolloutRunner, together
 from ..rollouts.samplers.base import (
     PUBLISH_SECONDS,
@@ -52,6 +56,8 @@ class RolloutSide:
         self._sampler = sampler
         self._loop = Background("espalier-rollouts")
         self._runner = self._loop.call(self._make_runner(base, pool), SLACK_SECONDS)
+        self._graph = pool if isinstance(pool, GraphPool) else None
+        self._counted = GraphCounts()
         self._seconds = config.episode.max_seconds
         self._params = SamplingParams(config.sampling.temperature, config.sampling.top_p, config.sampling.top_k)
         self._published: list[int] = []
@@ -86,6 +92,22 @@ class RolloutSide:
         began = time.perf_counter()
         yield
         self._seconds_turning += time.perf_counter() - began
+
+    def graph_figures(self) -> dict[str, Any]:
+        """What the operation graph was asked and saved since the last call, as a metrics row says it; empty without
+        one. `notes` (where there are any): what a person should know.
+        """
+        if self._graph is None:
+            return {}
+        graph = self._graph.graph
+        now = replace(graph.counts)
+        told: dict[str, Any] = now.since(self._counted)
+        self._counted = now
+        if graph.notes:
+            told["notes"], graph.notes[:] = list(graph.notes), []
+        if graph.store is not None:
+            told["corrupted"], told["left_out"] = graph.store.corrupted, graph.store.left_out
+        return {"graph": told}
 
     def publish(self, version: PolicyVersion) -> None:
         """Serve `version` from now on and let the others go as their episodes end."""

@@ -1,6 +1,7 @@
 """A run's folder as others read it, and the claim of the one process that writes it.
 
-`runs/<name>/` holds config.json (resolved), metrics.jsonl, trajectories/, policies/, checkpoints/, report.html.
+`runs/<name>/` holds config.json (resolved), metrics.jsonl, trajectories/, policies/, checkpoints/, graph.sqlite,
+report.html.
 Reading never writes; a last line of metrics.jsonl that a crash cut off is left out, any other broken line is an error.
 """
 
@@ -54,6 +55,11 @@ def find_run(name_or_path: str | Path, out: Path = Path("runs")) -> Path:
     known = sorted(path.parent.name for path in out.glob("*/config.json"))
     hint = f"runs here: {', '.join(known[:20])}" if known else f"no run in {out}/ yet: espalier train spreadsheet-tiny"
     raise UserError(f"{name_or_path}: no such run; {hint}.")
+
+
+def graph_path(config: RunConfig) -> Path:
+    """The file of a run's operation graph."""
+    return config.graph.path or config.out / config.name / "graph.sqlite"
 
 
 def read_run(folder: Path) -> Run:

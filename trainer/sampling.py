@@ -18,9 +18,13 @@ from typing import Any
 
 from ..configs.schema import RunConfig
 from ..envs.core import Task
-from ..rollouts.envpool import EnvPool, ThreadEnvPool
+from ..rollouts.envpool import EnvPool
 from ..rollouts.envprocess import ProcessEnvPool
-from ..rollouts.recipe import env_recipe
+from ..rollouts.graph import OperationGraph
+from ..rollouts.graph_pool import GraphPool
+from ..rollouts.graph_store import GraphStore, GraphStoreError
+from ..rollouts.identity import identity
+from ..rollouts.recipe import EnvRecipe, env_recipe
 from ..rollouts.render import make_renderer
 from ..rollouts.runner import RolloutRunner
 from ..rollouts.samplers.base import Sampler
@@ -34,11 +38,13 @@ from ..rollouts.samplers.vllm_limits import (
 )
 from ..rollouts.samplers.vllm_process import VllmProcess
 from ..rollouts.samplers.vllm_server import VllmServerSampler
+from ..rollouts.statepool import StatePool, ThreadStatePool
 from ..rollouts.store import TrajectoryStore
 from . import tasks as tasklists
 from .errors import UserError
 from .placement import Placement
 from .plan import engine_placement
+from .runs import graph_path
 
 
 def make_sampler(config: RunConfig, base: Path, training: int = 0) -> Sampler:
@@ -129,7 +135,8 @@ def _largest_rank(config: RunConfig) -> int:
 
 
 def make_pool(config: RunConfig, tasks: Sequence[Task]) -> EnvPool:
-    """The environments, in threads or in processes as `env.processes` says; nothing is started yet.
+    """The environments, in threads or in processes as `env.processes` says, behind the operation graph where `graph`
+    says so; nothing is started yet.
 
     Raises `UserError` for an unknown environment, and for one that no other process can make.
     """
@@ -138,11 +145,30 @@ def make_pool(config: RunConfig, tasks: Sequence[Task]) -> EnvPool:
     known = tasks[:1] if processes else tasks
     try:
         recipe = env_recipe(config.env, **tasklists.environment_options(config.env, known))
+        pool: ProcessEnvPool | ThreadStatePool
         if processes:
-            return ProcessEnvPool(recipe, processes=processes, deadline_s=deadline_s, terse=terse)
-        return ThreadEnvPool(recipe.make, deadline_s=deadline_s, terse=terse)
-    except ValueError as error:
+            pool = ProcessEnvPool(recipe, processes=processes, deadline_s=deadline_s, terse=terse)
+        else:
+            pool = ThreadStatePool(recipe.make, deadline_s=deadline_s, terse=terse)
+        return _with_graph(config, recipe, pool) if config.graph.enabled else pool
+    except (ValueError, GraphStoreError) as error:
         raise UserError(str(error)) from error
+
+
+def _with_graph(config: RunConfig, recipe: EnvRecipe, pool: StatePool) -> GraphPool:
+    section = config.graph
+    # an evaluation leaves a run's folder as it is: what has none keeps nothing
+    wanted = section.disk_mb and (section.path is not None or (config.out / config.name).is_dir())
+    store = GraphStore(graph_path(config), most_bytes=section.disk_mb << 20) if wanted else None
+    return GraphPool(
+        pool,
+        OperationGraph(store, most_bytes=section.memory_mb << 20),
+        env_id=config.env.id,
+        identity=identity(recipe, terse=config.env.terse),
+        live=section.live,
+        verify_share=section.verify_share,
+        kept_bytes=section.kept_mb << 20,
+    )
 
 
 def make_runner(

@@ -2,7 +2,8 @@
 
 Always true: an episode starts from a state that depends on the task alone (a rollback, not a new box); the reward is
 1.0 exactly when every hidden test passes, else 0.0; what breaks on our side is an `EnvFailure`. `state_digest` is the
-digest of the history (task and calls): equal histories of deterministic programs have equal states.
+digest of the history (task, and calls that may have changed something): equal histories of deterministic programs have
+equal states. A turn in which a limit of time or memory was met says so (`info["unrepeatable"]`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..core import Action, AgentEnv, EnvFailure, Message, Observation, Snapshot
+from ..core import Action, AgentEnv, EnvFailure, Message, Observation, Snapshot, ToolCall
 from ..sandbox import Box, BoxError, BoxSnapshot, Limits, SnapshotIncomplete
 from ..spaces import ActionSpace, ObservationSpace
 from ..tools import Tool, Toolset
@@ -48,6 +49,7 @@ class CodeSandboxEnv(AgentEnv):
     """
 
     metadata = {"render_modes": []}  # noqa: RUF012  (Gymnasium's own way)
+    acts_by_calls = True
 
     def __init__(
         self,
@@ -126,8 +128,9 @@ class CodeSandboxEnv(AgentEnv):
         """
         if self._task is None or self._over or self._box is None:
             raise RuntimeError("the episode is over (or was never started): call reset() before step()")
+        desk = Desk(self._box, self.seconds)
         try:
-            result = run_calls(self._unbound.bind(Desk(self._box, self.seconds)), action.tool_calls, TurnLimits())
+            result = run_calls(self._unbound.bind(desk), action.tool_calls, TurnLimits())
         except BoxError as error:
             self._discard()
             raise EnvFailure("box_failed", str(error)) from error
@@ -135,8 +138,10 @@ class CodeSandboxEnv(AgentEnv):
             self._discard()
             raise
         self._turns += 1
-        said = json.dumps([[c.name, c.arguments, c.raw] for c in action.tool_calls], sort_keys=True, default=str)
-        self._history = hashlib.sha256(f"{self._history}\n{said}".encode()).hexdigest()
+        said = [[c.name, c.arguments] for c in action.tool_calls if not self._only_reads(c)]
+        if said:
+            text = json.dumps(said, sort_keys=True, default=str)
+            self._history = hashlib.sha256(f"{self._history}\n{text}".encode()).hexdigest()
         terminated = result.ended or not action.tool_calls
         truncated = not terminated and self.max_turns is not None and self._turns >= self.max_turns
         info: dict[str, Any] = {"tool_errors": result.errors}
@@ -144,7 +149,14 @@ class CodeSandboxEnv(AgentEnv):
         if terminated or truncated:
             self._over = True
             reward = self._grade(info)
+        if desk.stopped or info.get("tests_stopped"):
+            info["unrepeatable"] = "a limit was met: " + ", ".join(desk.stopped or ["time"])
         return Observation(result.messages), reward, terminated, truncated, info
+
+    def _only_reads(self, call: ToolCall) -> bool:
+        """Whether a call changes nothing: it only reads, or is a mistake that no tool sees."""
+        chosen = self._unbound.by_name.get(call.name)
+        return chosen is None or chosen.reads_only or call.arguments is None
 
     def _grade(self, info: dict[str, Any]) -> float:
         task, box, clean = self._task, self._box, self._clean
@@ -162,7 +174,8 @@ class CodeSandboxEnv(AgentEnv):
         """Hex sha256 of everything the episode depends on: the task and all calls since its start."""
         if self._task is None:
             raise RuntimeError("there is no state before the first reset()")
-        rest = (self._history, self._turns, self._over, json.dumps(self.np_random.bit_generator.state, sort_keys=True))
+        turns = self._turns if self.max_turns is not None else 0  # without a limit nothing depends on their number
+        rest = (self._history, turns, self._over, json.dumps(self.np_random.bit_generator.state, sort_keys=True))
         return hashlib.sha256(repr(rest).encode()).hexdigest()
 
     def snapshot(self) -> Snapshot:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, NoReturn
 
 from pydantic import Field
@@ -21,10 +21,11 @@ Text = Annotated[str, Field(max_length=500_000, examples=["x = 1\n"])]
 
 @dataclass
 class Desk:
-    """What the tools work on: the box of the episode, and how long a call may take."""
+    """What the tools work on: the box of the episode, and how long a call may take. `stopped`: limits that were met."""
 
     box: Box
     seconds: float
+    stopped: list[str] = field(default_factory=list)
 
 
 def _mistake(code: str, message: str, hint: str | None = None, field: str | None = None) -> NoReturn:
@@ -37,6 +38,7 @@ def _told(out: Output, desk: Desk) -> str:
     if out.cut:
         notes.append(f"[{out.cut} more bytes of output were dropped]")
     if out.stopped:
+        desk.stopped.append(out.stopped)
         why = {
             "time": f"after {desk.seconds:g} s",
             "cpu": "its processor time was up",
@@ -143,6 +145,7 @@ def run_tests(desk: Desk) -> str:
     """Run the tests that are in the workspace."""
     found = testing.run_visible(desk.box, desk.seconds)
     if found is None:
+        desk.stopped.append("time")
         return f"[the tests did not end within {desk.seconds:g} s]"
     lines = [f"{r.name}: {r.outcome}" + (f": {r.message}" if r.outcome == "failed" else "") for r in found]
     passed = sum(r.outcome == "passed" for r in found)

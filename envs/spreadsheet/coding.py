@@ -41,6 +41,8 @@ def code_interpreter(
     check_path(path)
     before = space.export()
     result = space.code.run(code, before)
+    if result.refused is not None or result.stopped is not None:
+        space.met.append(f"code_interpreter: {result.stopped or result.refused}")
     if result.refused is not None:
         raise mistake(
             "unavailable",

@@ -88,6 +88,8 @@ class SpreadsheetEnv(AgentEnv):
     """
 
     metadata = {"render_modes": []}  # noqa: RUF012  (Gymnasium's own way)
+    acts_by_calls = True
+    snapshots_travel = True
 
     def __init__(
         self,
@@ -188,6 +190,7 @@ class SpreadsheetEnv(AgentEnv):
         """
         if self._task is None or self._over:
             raise RuntimeError("the episode is over (or was never started): call reset() before step()")
+        self.workspace.met.clear()
         result = run_calls(self._toolset, action.tool_calls, TurnLimits())
         self._turns += 1
         most = self._options.max_turns
@@ -199,6 +202,8 @@ class SpreadsheetEnv(AgentEnv):
             self._over = True
             reward, verdict = self._scorer.score(self._task, self.workspace, whole=self._whole)
             info.update(verdict)
+        if self.workspace.met:
+            info["unrepeatable"] = "a limit was met: " + ", ".join(self.workspace.met)
         return Observation(result.messages), reward, terminated, truncated, info
 
     def export(self) -> bytes:
@@ -218,7 +223,7 @@ class SpreadsheetEnv(AgentEnv):
     def snapshot(self) -> Snapshot:
         """Keep the present state. Raises `RuntimeError` before the first reset."""
         state = self._state()
-        return Snapshot(ENV_ID, self._digest(state), (self._options, state))
+        return Snapshot(ENV_ID, self._digest(state), (self._options, state), len(state.book))
 
     def rollback(self, snapshot: Snapshot) -> None:
         """Return to `snapshot`. Raises `EnvFailure` ("foreign_snapshot") when another kind of environment made it."""
@@ -245,7 +250,8 @@ class SpreadsheetEnv(AgentEnv):
         )
 
     def _digest(self, state: _State) -> str:
-        rest = {name: getattr(state, name) for name in ("rng", "over", "turns", "whole")}
+        names = ("rng", "over", "whole") if self._options.max_turns is None else ("rng", "over", "turns", "whole")
+        rest = {name: getattr(state, name) for name in names}  # without a limit nothing depends on the turns' number
         rest["engine"] = self._options.engine
         parts = (state.task.digest, state.history, json.dumps(rest, sort_keys=True, default=str))
         return hashlib.sha256("\n".join(parts).encode() + b"\n" + state.book).hexdigest()

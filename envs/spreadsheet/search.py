@@ -101,6 +101,7 @@ def _search(
                     if len(hits) >= most:
                         return hits
             if time.thread_time() - started > BUDGET_S:
+                space.met.append("time of a search")
                 raise mistake(
                     "too_costly",
                     "the search took too long and was stopped",

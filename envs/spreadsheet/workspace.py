@@ -45,7 +45,10 @@ class Opened:
 
 
 class Workspace:
-    """One open workbook and its journal. `load` starts over."""
+    """One open workbook and its journal. `load` starts over.
+
+    `met`: limits of time or memory that tools have met; whoever reports them clears it.
+    """
 
     def __init__(self, engine: Engine, code: CodeRunner | None = None) -> None:
         self.engine = engine
@@ -53,6 +56,7 @@ class Workspace:
         self._start: Opened | None = None
         self.journal: tuple[Edit, ...] = ()
         self.history = ""
+        self.met: list[str] = []
         self._book: Book | None = None
         self._extents: dict[str, Rect | None] = {}
         self._formats: dict[tuple[str, int, int], str] = {}
@@ -92,6 +96,7 @@ class Workspace:
             started = time.thread_time()
             self.book.recalculate()
             if time.thread_time() - started > RECALC_BUDGET_S:
+                self.met.append("time of a recalculation")
                 raise mistake(
                     "too_costly",
                     f"recalculating the workbook after this took more than {RECALC_BUDGET_S:g} s, so it was undone",

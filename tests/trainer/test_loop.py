@@ -20,7 +20,7 @@ from espalier.trainer.errors import UserError
 from espalier.trainer.loop import collect, train
 from espalier.trainer.policy import PolicyStore
 
-TIMES = {"time", "seconds_rollout", "seconds_train", "tok_s", "seconds"}
+TIMES = {"time", "seconds_rollout", "seconds_train", "tok_s", "seconds", "graph"}
 
 
 def rows(folder, kind=None):

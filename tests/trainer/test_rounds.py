@@ -38,6 +38,9 @@ class DeadSide:
 class IdleSide(DeadSide):
     """Control: nothing failed, there is just nothing to train on."""
 
+    def graph_figures(self):
+        return {}
+
     def group(self, spec):
         return Group(spec.id, spec.task.id, ())
 

@@ -212,3 +212,17 @@ def test_folders_of_ones_own(works: None, tmp_path) -> None:
         load_tasks(tmp_path / "tasks", split="all", seed=0, count=9)
     with pytest.raises(DatasetError, match="neither"):
         load_tasks(tmp_path / "none", split="all", seed=0, count=9)
+
+
+def test_what_only_reads_leads_to_the_same_state_and_a_met_limit_is_said():
+    env = CodeSandboxEnv([TASK], seconds=2)
+    env.reset(seed=0)
+    start = env.state_digest()
+    for name, arguments in (("read_file", {"path": "work.py"}), ("list_files", {}), ("no_such_tool", {})):
+        do(env, name, **arguments)
+        assert env.state_digest() == start
+    *_, info = env.step(Action("", (ToolCall("shell", {"command": "sleep 20"}),)))
+    assert "time" in info["unrepeatable"] and env.state_digest() != start
+    *_, info = env.step(Action("", (ToolCall("shell", {"command": "ls"}),)))
+    assert "unrepeatable" not in info
+    env.close()

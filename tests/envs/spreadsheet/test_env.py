@@ -255,6 +255,27 @@ def test_a_turn_limit_truncates_and_grades(drive) -> None:
         call("list_sheets")
 
 
+def test_reading_leads_to_the_same_state_unless_turns_are_counted(drive) -> None:
+    for most in (None, 5):
+        call = drive(max_turns=most)
+        start = call.env.state_digest()
+        call("list_sheets")
+        assert (call.env.state_digest() == start) == (most is None)
+        call("fill_formula", start_cell="C8", formula_template="=SUM(C4:C6)")
+        assert call.env.state_digest() != start
+
+
+def test_a_turn_that_met_a_limit_of_time_may_go_otherwise_next_time(drive, monkeypatch) -> None:
+    call = drive()
+    call("fill_formula", start_cell="C8", formula_template="=SUM(C4:C6)")
+    assert "unrepeatable" not in call.last[4]
+    monkeypatch.setattr("espalier.envs.spreadsheet.workspace.RECALC_BUDGET_S", 0.0)
+    call("fill_formula", start_cell="C9", formula_template="=SUM(C4:C6)")
+    assert "time of a recalculation" in call.last[4]["unrepeatable"]
+    call("list_sheets")
+    assert "unrepeatable" not in call.last[4]
+
+
 def test_the_answer_is_nowhere_in_what_the_agent_reads(task: SpreadsheetTask) -> None:
     secret = 918273645.25
     hidden = dataclasses.replace(task, cases=(Case(task.cases[0].package, {("Data", 8, 3): secret}),))

@@ -1,0 +1,84 @@
+"""The graph and the sampler: sampled actions are never deduplicated, and the sampler cannot tell if there is a graph.
+
+Promise 5 with the embedded sampler: whole trajectories, token ids and log-probabilities too, are the same.
+"""
+
+from dataclasses import replace
+
+import pytest
+from espalier.configs.load import load
+from espalier.rollouts.graph_pool import GraphPool
+from espalier.rollouts.runner import GroupSpec
+from espalier.rollouts.samplers.base import SamplingParams
+from espalier.trainer import tasks as tasklists
+from espalier.trainer.policy import PolicyStore, resolve_base
+from espalier.trainer.sampling import make_pool, make_runner, make_sampler
+
+
+class Listened:
+    """A sampler that writes down what it is asked."""
+
+    def __init__(self, sampler):
+        self.sampler, self.requests = sampler, []
+
+    def __getattr__(self, name):
+        return getattr(self.sampler, name)
+
+    async def sample(self, request):
+        self.requests.append(request)
+        return await self.sampler.sample(request)
+
+
+def timeless(groups):
+    return [
+        replace(
+            group,
+            trajectories=tuple(
+                replace(t, turns=tuple(replace(turn, seconds_sampling=0, seconds_env=0) for turn in t.turns))
+                for t in group.trajectories
+            ),
+        )
+        for group in groups
+    ]
+
+
+async def episodes(config, tasks, version, base):
+    sampler, pool = Listened(make_sampler(config, base)), make_pool(config, tasks)
+    runner = make_runner(config, base, sampler, pool)
+    await sampler.publish(version)
+    specs = [GroupSpec(f"g{n}", task, 6) for n, task in enumerate(tasks)]
+    groups = await runner.run_groups(specs, SamplingParams(), 0)
+    if isinstance(pool, GraphPool):
+        await pool.settled()
+    await runner.close()
+    await sampler.close()
+    asked = sorted((r.session, r.key, r.prompt, r.max_tokens, r.stop) for r in sampler.requests)
+    return timeless(groups), asked, pool
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+async def test_trajectories_and_draws_of_the_embedded_sampler_do_not_depend_on_the_graph(tmp_path, processes):
+    """I1 and I4 end to end, on spreadsheets with the shipped policy."""
+    words = [
+        "--out",
+        str(tmp_path),
+        "--env.task_count",
+        "8",
+        "--env.processes",
+        str(processes),
+        "--sampler.slots",
+        "12",
+    ]
+    on = load("spreadsheet-tiny", [*words, "--graph.verify_share", "1.0", "--graph.live", "3"])
+    off = load("spreadsheet-tiny", [*words, "--graph.enabled", "false"])
+    base = resolve_base("tiny")
+    version = PolicyStore(tmp_path / "policies", base).base_version
+    tasks = tasklists.load(on.env, "train", 0, 8)[:2]
+    without, asked_without, _ = await episodes(off, tasks, version, base)
+    with_graph, asked, pool = await episodes(on, tasks, version, base)
+    assert with_graph == without and asked == asked_without
+    assert sum(len(group.trajectories) for group in without) == 12
+    counts = pool.counts
+    assert counts.hits + counts.coalesced > counts.executed and counts.mismatches == 0 and counts.live_most <= 3
+    keys = [key for _, key, *_ in asked]
+    assert len(set(keys)) == len(keys), "every turn draws by a key of its own"
