@@ -249,9 +249,11 @@ class TrainerSection(Section):
     """Optimizer updates a batch of groups is split into."""
     micro_batch: PositiveInt = 32
     """Rows of one forward and backward pass."""
-    shared_prefix: Literal["tree", "flat"] = "tree"
-    """Tokens that rows have in common: "tree" computes each once where that saves a tenth or more, exactly (the first
-    step compares its gradient with the other path's), "flat" only a group's prompt."""
+    shared_prefix: Literal["auto", "tree", "flat"] = "auto"
+    """What rows have in common: "tree" computes it once, among all rows of an update (exact: the first step that shares
+    anything compares its gradient with the other path's), "flat" only a group's prompt; "auto" is "tree" on the CPU,
+    where it was measured, and "flat" elsewhere.
+    """
     drop_no_signal: bool = True
     """Drop groups whose rewards are all equal, and refill."""
     max_refills: NonNegativeInt = 2

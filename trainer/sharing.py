@@ -75,14 +75,18 @@ class Sharing:
         self._rows = config.trainer.micro_batch
         self.error: float | None = None
         self.limit = LIMITS.get(getattr(torch, config.policy.dtype), LIMIT_16_BIT)
-        self.reason: str | None = (
-            'trainer.shared_prefix = "flat"'
-            if config.trainer.shared_prefix == "flat"
-            else why_flat(self._model, aux_loss=aux_loss)
-        )
+        self.reason = self._not_asked(config) or why_flat(self._model, aux_loss=aux_loss)
         self.compared = False
         if self.reason is None:
             enable(self._model)
+
+    def _not_asked(self, config: RunConfig) -> str | None:
+        asked, device = config.trainer.shared_prefix, next(self._model.parameters()).device.type
+        if asked == "flat":
+            return 'trainer.shared_prefix = "flat"'
+        if asked == "auto" and device != "cpu":
+            return f'on {device} trees are taken where trainer.shared_prefix = "tree"'
+        return None
 
     @property
     def state(self) -> str:

@@ -82,7 +82,7 @@ def page(found: Found, seeds: list[int], figures: dict[str, float]) -> str:
         "",
         "![pass@1 over steps, by family, before and after](plot.png)",
         "",
-        f"The shipped base policy `tiny-code`, {len(seeds)} training seeds, {found['base'][seeds[0]]['sampled']['n']} "
+        f"The shipped base policy `tiny-code`, {len(seeds)} training seed{'s' if len(seeds) > 1 else ''}, {found['base'][seeds[0]]['sampled']['n']} "
         "held-out tasks a seed (other names, mistakes and inputs than in training), graded by six hidden tests that "
         f"must all pass. Sampled: T = 1. Machine: {machine['cpu']}, {machine['cores']} cores.",
         "",
