@@ -246,7 +246,7 @@ def test_control_mistakes_are_far_outside_the_limit(mistake):
     want = gradients(model, row_by_row(model, ROWS))
     enable(model.get_base_model())
     off = changed(gradients(model, MISTAKES[mistake](model, grow(ROWS))), want)
-    assert off > 100 * sharing.LIMITS[torch.float32], mistake
+    assert not off <= 100 * sharing.LIMITS[torch.float32], mistake  # no number at all is a mistake, too
 
 
 def test_control_a_bool_mask_for_eager_attention_is_wrong_in_silence():
