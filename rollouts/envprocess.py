@@ -28,9 +28,9 @@ from zlib import crc32
 
 from ..envs.core import Action, EnvFailure
 from .envpool import EnvRaised, Opening, StepResult
+from .graph.states import Came, Kept, Traits
 from .link import Link
 from .recipe import EnvRecipe
-from .states import Came, Kept, Traits
 
 START_SECONDS = 120.0
 SLACK_SECONDS = 10.0

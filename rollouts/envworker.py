@@ -17,10 +17,10 @@ from typing import Any
 
 from ..envs.core import AgentEnv, EnvFailure
 from .envpool import EnvRaised
+from .graph.statepool import ThreadStatePool
+from .graph.states import plain_opening, plain_step
 from .link import Link
 from .recipe import EnvRecipe
-from .statepool import ThreadStatePool
-from .states import plain_opening, plain_step
 
 STARTS_KEPT = 64
 """Seeds and options of resets that are kept unpickled."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from ..rollouts.graph_store import EdgeRow, GraphStore, GraphStoreError, SpaceRow
+from ..rollouts.graph.store import EdgeRow, GraphStore, GraphStoreError, SpaceRow
 from .errors import UserError
 from .inspect import safe
 from .runs import Row, Run, graph_path

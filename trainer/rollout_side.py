@@ -21,8 +21,8 @@ from ..configs.schema import RunConfig
 from ..envs.core import Task
 from ..rollouts.envpool import EnvPool
 from ..rollouts.episode import episode_key
-from ..rollouts.graph import GraphCounts
-from ..rollouts.graph_pool import GraphPool
+from ..rollouts.graph.core import GraphCounts
+from ..rollouts.graph.pool import GraphPool
 from ..rollouts.runner import GroupSpec, RolloutRunner, together
 from ..rollouts.samplers.base import (
     PUBLISH_SECONDS,

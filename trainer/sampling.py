@@ -20,10 +20,11 @@ from ..configs.schema import RunConfig
 from ..envs.core import Task
 from ..rollouts.envpool import EnvPool
 from ..rollouts.envprocess import ProcessEnvPool
-from ..rollouts.graph import OperationGraph
-from ..rollouts.graph_pool import GraphPool
-from ..rollouts.graph_store import GraphStore, GraphStoreError
-from ..rollouts.identity import identity
+from ..rollouts.graph.core import OperationGraph
+from ..rollouts.graph.identity import identity
+from ..rollouts.graph.pool import GraphPool
+from ..rollouts.graph.statepool import StatePool, ThreadStatePool
+from ..rollouts.graph.store import GraphStore, GraphStoreError
 from ..rollouts.recipe import EnvRecipe, env_recipe
 from ..rollouts.render import make_renderer
 from ..rollouts.runner import RolloutRunner
@@ -38,7 +39,6 @@ from ..rollouts.samplers.vllm_limits import (
 )
 from ..rollouts.samplers.vllm_process import VllmProcess
 from ..rollouts.samplers.vllm_server import VllmServerSampler
-from ..rollouts.statepool import StatePool, ThreadStatePool
 from ..rollouts.store import TrajectoryStore
 from . import tasks as tasklists
 from .errors import UserError

@@ -26,10 +26,10 @@ import spreadsheets
 import toytext
 from espalier.envs.core import Action, Observation, Task
 from espalier.rollouts.envpool import EnvPool
-from espalier.rollouts.graph import GraphCounts, OperationGraph
-from espalier.rollouts.graph_pool import GraphPool
-from espalier.rollouts.graph_store import GraphStore
-from espalier.rollouts.statepool import ThreadStatePool
+from espalier.rollouts.graph.core import GraphCounts, OperationGraph
+from espalier.rollouts.graph.pool import GraphPool
+from espalier.rollouts.graph.statepool import ThreadStatePool
+from espalier.rollouts.graph.store import GraphStore
 
 ROLLOUTS = 16
 LIVE = ROLLOUTS // 4

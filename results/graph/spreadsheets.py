@@ -10,7 +10,7 @@ from typing import Any
 
 from espalier.configs.load import load
 from espalier.rollouts.envpool import EnvPool
-from espalier.rollouts.graph_pool import GraphPool
+from espalier.rollouts.graph.pool import GraphPool
 from espalier.rollouts.runner import GroupSpec
 from espalier.rollouts.samplers.base import SamplingParams
 from espalier.rollouts.types import Group, PolicyVersion

@@ -7,7 +7,7 @@ import pytest
 from espalier.configs.schema import RunConfig
 from espalier.envs.core import Action, ToolCall
 from espalier.envs.spreadsheet.families import generate
-from espalier.rollouts.graph_store import EdgeRow
+from espalier.rollouts.graph.store import EdgeRow
 from espalier.trainer.cli import main
 from espalier.trainer.graph_view import saved, walk
 from espalier.trainer.report import write_report

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from espalier.configs.load import load
-from espalier.rollouts.graph_pool import GraphPool
+from espalier.rollouts.graph.pool import GraphPool
 from espalier.rollouts.runner import GroupSpec
 from espalier.rollouts.samplers.base import SamplingParams
 from espalier.trainer import tasks as tasklists

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..envs.core import Action, EnvFailure
-from .envpool import EnvRaised
-from .graph import OperationGraph, Space, opening_body
-from .graph_live import KeptState, Live, LiveEnvs
+from ...envs.core import Action, EnvFailure
+from ..envpool import EnvRaised
+from .core import OperationGraph, Space, opening_body
+from .live import KeptState, Live, LiveEnvs
 from .operation import Key, Operation, key, outcome
 from .statepool import StatePool
 from .states import STATE_GONE, Came

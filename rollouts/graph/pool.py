@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ..envs.core import Action, EnvFailure, Task
-from .envpool import EnvRaised, Opening, StepResult
-from .graph import OperationGraph
-from .graph_live import Live, LiveEnvs
-from .graph_once import ALONE, Once
-from .graph_reach import EVERYTHING, Place, Reach, Step
+from ...envs.core import Action, EnvFailure, Task
+from ..envpool import EnvRaised, Opening, StepResult
+from .core import OperationGraph
+from .live import Live, LiveEnvs
+from .once import ALONE, Once
 from .operation import Operation, observed, operation, outcome, result_of
+from .reach import EVERYTHING, Place, Reach, Step
 from .statepool import StatePool
 
 MOST_CHECKS = 256

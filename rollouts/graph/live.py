@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-from .graph import GraphCounts, Space
+from .core import GraphCounts, Space
 from .operation import Key
 from .statepool import StatePool
 from .states import Kept

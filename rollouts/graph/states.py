@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any, cast
 
-from ..envs.core import Action, AgentEnv, Digestible, EnvFailure, Observation, Rollbackable, Snapshot
-from .types import plain_info
+from ...envs.core import Action, AgentEnv, Digestible, EnvFailure, Observation, Rollbackable, Snapshot
+from ..types import plain_info
 
 if TYPE_CHECKING:
-    from .envpool import Opening, StepResult
+    from ..envpool import Opening, StepResult
 
 STATE_GONE = "state_gone"
 """The kind of the `EnvFailure` that says: this environment could not be brought to that state; it has done nothing."""

@@ -16,8 +16,8 @@ from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
 
-from .. import envs
-from .recipe import EnvRecipe
+from ... import envs
+from ..recipe import EnvRecipe
 
 MOST_SOURCES = 5_000
 

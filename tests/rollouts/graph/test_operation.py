@@ -5,7 +5,7 @@ import math
 
 import pytest
 from espalier.envs.core import Action, Observation, ToolCall
-from espalier.rollouts.operation import may_keep, operation, outcome, result_of
+from espalier.rollouts.graph.operation import may_keep, operation, outcome, result_of
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -11,13 +11,13 @@ import machine
 import pytest
 from espalier.envs.core import Action, EnvFailure
 from espalier.rollouts.envpool import EnvRaised
-from espalier.rollouts.graph import OperationGraph
-from espalier.rollouts.graph_pool import GraphPool
-from espalier.rollouts.graph_reach import NOT_REPRODUCIBLE
+from espalier.rollouts.graph.core import OperationGraph
+from espalier.rollouts.graph.pool import GraphPool
+from espalier.rollouts.graph.reach import NOT_REPRODUCIBLE
+from espalier.rollouts.graph.statepool import ThreadStatePool
 from espalier.rollouts.runner import GroupSpec, RolloutRunner
 from espalier.rollouts.samplers.base import SamplingParams
 from espalier.rollouts.samplers.scripted import ScriptedSampler, say
-from espalier.rollouts.statepool import ThreadStatePool
 from espalier.rollouts.types import FailureKind, PolicyVersion
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

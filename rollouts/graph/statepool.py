@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from ..envs.core import Action, AgentEnv
-from .envpool import EnvPool, ThreadEnvPool, theirs
+from ...envs.core import Action, AgentEnv
+from ..envpool import EnvPool, ThreadEnvPool, theirs
 from .states import Came, Kept, States, Traits
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-from ..envs.core import EnvFailure
+from ...envs.core import EnvFailure
 
 T = TypeVar("T")
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b, sha256
 from typing import Any, cast
 
-from ..envs.core import Action, Message, Observation, ToolCall
-from ..envs.tools import MAX_CALL_CHARS
-from .envpool import StepResult
+from ...envs.core import Action, Message, Observation, ToolCall
+from ...envs.tools import MAX_CALL_CHARS
+from ..envpool import StepResult
 
 FORM = 1
 """Of keys and outcomes; another number, another graph."""

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import machine
 import pytest
-from espalier.rollouts.graph import OperationGraph
-from espalier.rollouts.graph_pool import GraphPool
-from espalier.rollouts.graph_store import EdgeRow, GraphStore, GraphStoreError, SpaceRow
-from espalier.rollouts.statepool import ThreadStatePool
+from espalier.rollouts.graph.core import OperationGraph
+from espalier.rollouts.graph.pool import GraphPool
+from espalier.rollouts.graph.statepool import ThreadStatePool
+from espalier.rollouts.graph.store import EdgeRow, GraphStore, GraphStoreError, SpaceRow
 
 PLANS = [[("move", {"by": n}), ("look", {}), ("move", {"by": 1})] for n in range(3)]
 
@@ -62,8 +62,8 @@ async def test_an_unknown_operation_behind_known_ones_is_come_to_again(tmp_path)
 
 CHILD = """
 import asyncio, os, sys
-sys.path.insert(0, sys.argv[2])
-from test_graph_store import PLANS, machine, GraphPool, GraphStore, OperationGraph, ThreadStatePool
+sys.path[:0] = sys.argv[2:]
+from test_store import PLANS, machine, GraphPool, GraphStore, OperationGraph, ThreadStatePool
 from pathlib import Path
 
 async def main():
@@ -89,7 +89,8 @@ asyncio.run(main())
 
 async def test_kill_minus_9_leaves_a_graph_that_goes_on(tmp_path):
     path = tmp_path / "g.sqlite"
-    command = [sys.executable, "-c", CHILD, str(path), str(Path(__file__).parent)]
+    here = Path(__file__).parent
+    command = [sys.executable, "-c", CHILD, str(path), str(here), str(here.parent)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONSAFEPATH": "1"})
     try:
         assert child.stdout.readline() == "ready\n"

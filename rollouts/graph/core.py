@@ -18,11 +18,11 @@ from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from typing import Any
 
-from ..envs.core import Task
-from .envpool import Opening
-from .graph_store import EdgeRow, GraphStore, SpaceRow
+from ...envs.core import Task
+from ..envpool import Opening
 from .operation import FORM, Key, Operation, Outcome, key, may_keep, observed
 from .states import Traits
+from .store import EdgeRow, GraphStore, SpaceRow
 
 EDGE_BYTES = 600
 """What an edge counts for in memory, beside its body."""
