@@ -113,7 +113,7 @@ class CodeSandboxEnv(AgentEnv):
             self._discard()
             self._box = Box(task.workspace or None, self._limits)
             self._workspace = task.workspace
-            self._box.python(testing.PRELOAD)
+            testing.preload(self._box)
             self._clean = self._box.snapshot()
         else:
             self._box.rollback(self._clean)

@@ -18,7 +18,7 @@ from ..sandbox import Box, BoxError, BoxSnapshot
 
 HIDDEN = "/tmp/hidden-tests"
 MOST_MESSAGE = 300
-PRELOAD = """
+_PRELOAD = """
 import gc, importlib, json, os, pytest, sys
 from _pytest import config as _config
 for _name in getattr(_config, "default_plugins", ()):
@@ -86,6 +86,14 @@ class TestResult:
     name: str
     outcome: str
     message: str
+
+
+def preload(box: Box) -> None:
+    """Load pytest into the box's interpreter. Raises `BoxError`: without it every solution would fail its tests."""
+    out = box.python(_PRELOAD)
+    if out.status or out.stopped:
+        last = out.text.strip().rpartition("\n")[2] or f"ended by {out.stopped}"
+        raise BoxError("no_pytest", f"pytest cannot be loaded in the box, so nothing can be graded: {last}")
 
 
 def run_visible(box: Box, seconds: float) -> list[TestResult] | None:

@@ -226,3 +226,13 @@ def test_what_only_reads_leads_to_the_same_state_and_a_met_limit_is_said():
     *_, info = env.step(Action("", (ToolCall("shell", {"command": "ls"}),)))
     assert "unrepeatable" not in info
     env.close()
+
+
+def test_a_box_without_pytest_is_a_failure_and_no_reward(works: None, monkeypatch) -> None:
+    """Negative control: without this check the right solution would be scored 0."""
+    monkeypatch.setattr("espalier.envs.coding.testing._PRELOAD", "import pytest_of_another_house")
+    env = CodeSandboxEnv([TASK])
+    with pytest.raises(EnvFailure, match=r"pytest cannot be loaded.*another_house") as failure:
+        env.reset(seed=0)
+    assert failure.value.kind == "box_failed"
+    env.close()
