@@ -22,6 +22,8 @@ from .wire import WireError, send
 LOOK_EVERY_S = 0.2
 GRACE_S = 5.0
 """Seconds that an interrupted interpreter has before it is ended."""
+ANSWER_S = 1.0
+"""Seconds for the rest of an answer that has begun; it is sent in one piece, and all other boxes wait meanwhile."""
 
 
 @dataclass
@@ -114,7 +116,7 @@ class Calls:
 
     def _answered(self, call: Call) -> None:
         try:
-            told, fds = guests.hear(call.guest.connection)
+            told, fds = guests.hear(call.guest.connection, ANSWER_S)
         except WireError:
             self._lost(call, call.stopped or "crash")
             return

@@ -25,6 +25,7 @@ from .wire import DONE, FORK, FREEZE, NOT_PLAIN, RENEW, WireError, encode, recei
 HANDSHAKE_SECONDS = 10.0
 MOST_OF_GUEST = 1 << 16
 MOST_ROUNDS = 1000
+_CATCHABLE = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
 
 
 class Refused(Exception):
@@ -134,10 +135,7 @@ def _become(
         connection = socket.socket(fileno=3)
         os.closerange(4, 4096)
         os.set_inheritable(3, True)
-        for number in signal.valid_signals() - {
-            signal.SIGKILL,
-            signal.SIGSTOP,
-        }:  # background jobs ignore SIGINT
+        for number in _CATCHABLE:  # a background job ignores SIGINT, and exec hands that down
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         os.execve(command[0], command, dict(environment))
@@ -351,10 +349,10 @@ def _ask(connection: socket.socket, message: bytes, handed: socket.socket | None
         raise GuestGone(f"the process in the box is gone ({error})") from error
 
 
-def hear(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    """A guest's message: short, and whole within the time of a handshake, or not at all. Raises `WireError`."""
+def hear(connection: socket.socket, seconds: float = HANDSHAKE_SECONDS) -> tuple[dict[str, Any], list[int]]:
+    """A guest's message: short, and whole within `seconds`, or not at all. Raises `WireError`."""
     try:
-        return receive(connection, most=MOST_OF_GUEST, seconds=HANDSHAKE_SECONDS)
+        return receive(connection, most=MOST_OF_GUEST, seconds=seconds)
     finally:
         if connection.fileno() >= 0:
             connection.settimeout(HANDSHAKE_SECONDS)

@@ -190,7 +190,7 @@ def test_as_many_snapshots_are_kept_as_the_limit_says(boxes_work: None, workspac
         assert box.python("x").text == "58\n"
 
 
-def test_a_guest_that_answers_by_the_byte_holds_nobody_up(box: Box) -> None:
+def test_a_guest_that_answers_by_the_byte_is_given_up(box: Box) -> None:
     box.python("import os, time")
     here = box.snapshot()
     slow = _code(
