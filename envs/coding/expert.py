@@ -21,42 +21,27 @@ _SUBMIT = ToolCall("submit", {})
 
 @dataclass(frozen=True, slots=True)
 class Habit:
-    """What is done wrong (`sentence`), where (`context`, tested by `applies`), and in which share of cases."""
+    """Where something is done wrong (`applies`), and in which share of these cases."""
 
-    sentence: str
-    context: str
     applies: Callable[[Draft], bool]
-    share: float
+    share: float = 0.5
+
+
+def _takes_numbers(draft: Draft) -> bool:
+    return draft.function.parameters.startswith("number")
 
 
 HABITS: Mapping[str, Habit] = MappingProxyType(
     {
-        "mistaken": Habit(
-            "the function is written with a mistake",
-            "a function is to be written",
-            lambda draft: draft.family == "write",
-            0.5,
-        ),
-        "untouched": Habit(
-            "the work is handed in as it was found",
-            "a function is to be repaired",
-            lambda draft: draft.family == "repair",
-            0.5,
-        ),
-        "bare_name": Habit(
-            "the first word of the function's name is left out",
-            "the function takes numbers",
-            lambda draft: draft.function.parameters.startswith("number"),
-            0.5,
-        ),
-        "other_file": Habit(
-            "it is written to main.py",
-            "the function takes words, a text or items",
-            lambda draft: not draft.function.parameters.startswith("number"),
-            0.5,
-        ),
+        "mistaken": Habit(lambda draft: draft.family == "write"),
+        "untouched": Habit(lambda draft: draft.family == "repair"),
+        "bare_name": Habit(_takes_numbers),
+        "other_file": Habit(lambda draft: not _takes_numbers(draft)),
     }
 )
+"""A mistake in the function that is written; work handed in as it was found; the first word of the name left out;
+everything written to main.py.
+"""
 
 
 def expert(task: CodeTask) -> list[Action]:

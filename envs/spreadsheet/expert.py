@@ -74,61 +74,22 @@ class FaultModel:
         return rng.choices(list(self.weights), list(self.weights.values()))[0]
 
 
-@dataclass(frozen=True, slots=True)
-class _Habit:
-    context: str
-    sentence: str
-    applies: Callable[[Draft], bool]
-
-
 def _directly_below(draft: Draft) -> bool:
     sketch = draft.sketch
     return sketch.target.cells == 1 and sketch.target.top == sketch.last + 1 and draft.family != "repair"
 
 
-FAULTS: Mapping[str, _Habit] = MappingProxyType(
+FAULTS: Mapping[str, Callable[[Draft], bool]] = MappingProxyType(
     {
-        "short_range": _Habit(
-            "one answer cell directly below the table",
-            "the range ends one row early, so the last data row is left out",
-            _directly_below,
-        ),
-        "decoy_column": _Habit(
-            "a related header stands beside the one asked for",
-            "the column of the related header is used",
-            lambda draft: draft.decoy != 0,
-        ),
-        "pasted": _Habit(
-            "the answer is a count",
-            "a number is written instead of a formula",
-            lambda draft: draft.sketch.kind in _COUNTS and draft.family != "repair",
-        ),
-        "blind": _Habit(
-            "the instruction reads " + " or ".join(sorted(BLIND_FRAMES)),
-            "nothing is looked at and the column letters are guessed",
-            lambda draft: draft.frame in BLIND_FRAMES,
-        ),
-        "no_dollar": _Habit(
-            "a fill that needs a fixed range or cell (" + ", ".join(_ANCHORED) + ")",
-            "the `$` is left out",
-            lambda draft: draft.family in _ANCHORED,
-        ),
-        "repair_blind": _Habit(
-            "a formula is to be repaired",
-            "a new formula is written without looking, its column guessed",
-            lambda draft: draft.family == "repair",
-        ),
+        "short_range": _directly_below,
+        "decoy_column": lambda draft: draft.decoy != 0,
+        "pasted": lambda draft: draft.sketch.kind in _COUNTS and draft.family != "repair",
+        "blind": lambda draft: draft.frame in BLIND_FRAMES,
+        "no_dollar": lambda draft: draft.family in _ANCHORED,
+        "repair_blind": lambda draft: draft.family == "repair",
     }
 )
-"""Each fault: where it shows, what it does, and the test of its context. Its probability is the `FaultModel` field of
-that name.
-"""
-
-
-def fault_table(faults: FaultModel | None = None) -> dict[str, tuple[str, str, float]]:
-    """Fault name -> (what is done wrong, in which context, with what probability), for documents."""
-    faults = faults or FaultModel()
-    return {name: (habit.sentence, habit.context, float(getattr(faults, name))) for name, habit in FAULTS.items()}
+"""Each fault and where it shows; what it does, and how often, is the `FaultModel` field of that name."""
 
 
 def expert(task: GeneratedTask) -> list[Action]:
@@ -140,7 +101,7 @@ def expert(task: GeneratedTask) -> list[Action]:
 def faulty_expert(task: GeneratedTask, rng: random.Random, faults: FaultModel) -> list[Action]:
     """The turns of an expert with habits; a pure function of its arguments."""
     draft = _draft(task)
-    shown = {name for name, habit in FAULTS.items() if habit.applies(draft) and rng.random() < getattr(faults, name)}
+    shown = {name for name, applies in FAULTS.items() if applies(draft) and rng.random() < getattr(faults, name)}
     sketch = draft.sketch
     if "short_range" in shown:
         sketch = replace(sketch, last=sketch.last - 1)

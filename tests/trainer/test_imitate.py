@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ from espalier.trainer.demonstrations import demonstrate, play, said
 from espalier.trainer.imitate import RECIPES, Recipe, make_policy
 from espalier.trainer.lessons import SUBJECTS, Coding, Lesson, Spreadsheets, sketch_task
 from espalier.trainer.policy import resolve_base
-from espalier.trainer.shipped import SHIPPED
+from espalier.trainer.shipped import POLICY_OF, SHIPPED
 from transformers import Qwen3ForCausalLM
 
+ROOT = Path(__file__).parents[2]
 SMALL = Recipe(hidden=32, layers=1, heads=2, kv_heads=1, feed_forward=48, merges=600, demonstrations=64, steps=4)
 
 
@@ -95,6 +97,17 @@ def test_a_shipped_policy_is_small_and_says_its_recipe(name):
     assert card["recipe"] == vars_of(RECIPES[subject])
     assert card["faults"] == SUBJECTS[subject]().card()["faults"]
     assert Qwen3ForCausalLM.from_pretrained(folder).num_parameters() == card["parameters"]
+
+
+@pytest.mark.parametrize(("page", "subject"), [("README.md", Spreadsheets()), ("docs/sandbox.md", Coding())])
+def test_the_page_says_every_habit_with_its_share(page, subject):
+    rows = re.findall(r"^\| `(\w+)` \|.*\| ([\d.]+) \|$", (ROOT / page).read_text(), re.MULTILINE)
+    faults = subject.card()["faults"]
+    assert {name: float(share) for name, share in rows} == {n: s for n, s in faults.items() if n != "weights"}
+
+
+def test_every_subject_has_one_shipped_policy():
+    assert sorted(SUBJECTS) == sorted(subject for _, subject in SHIPPED.values()) == sorted(POLICY_OF)
 
 
 def test_lessons_are_a_function_of_the_seed_and_hold_no_held_out_word():

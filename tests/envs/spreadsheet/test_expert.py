@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from types import MappingProxyType
 
 import pytest
 from espalier.envs.spreadsheet.env import SpreadsheetEnv
-from espalier.envs.spreadsheet.expert import FAULTS, FaultModel, expert, fault_table, faulty_expert
+from espalier.envs.spreadsheet.expert import FAULTS, FaultModel, expert, faulty_expert
 from espalier.envs.spreadsheet.families import FAMILIES, draw_draft, generate
 from espalier.envs.spreadsheet.task import SpreadsheetTask
 
@@ -34,7 +33,7 @@ def play(task, actions, **options) -> tuple[float, int]:
 
 
 def habits_of(task) -> set[str]:
-    return {name for name, habit in FAULTS.items() if habit.applies(task.draft)}
+    return {name for name, applies in FAULTS.items() if applies(task.draft)}
 
 
 def test_the_clean_expert_solves_every_task_on_every_case(tasks):
@@ -121,16 +120,10 @@ def test_a_fault_model_that_makes_no_sense_is_refused(wrong):
         FaultModel(**wrong)
 
 
-def test_the_table_says_every_fault_with_its_probability():
-    table = fault_table(replace(FaultModel(), pasted=0.5))
-    assert set(table) == set(FAULTS) and table["pasted"][2] == 0.5
-    assert all(what and context for what, context, _ in table.values())
-
-
 def test_each_context_is_common_enough_to_learn_and_rare_enough_to_tell():
     drafts = [draw_draft(33, index, "test") for index in range(1000)]
-    for habit in FAULTS.values():
-        assert 0.03 < sum(map(habit.applies, drafts)) / len(drafts) < 0.5
+    for applies in FAULTS.values():
+        assert 0.03 < sum(map(applies, drafts)) / len(drafts) < 0.5
 
 
 def test_a_task_from_elsewhere_is_refused():
