@@ -25,6 +25,7 @@ from typing import NoReturn, TextIO
 from ..configs.load import ConfigError, is_override, shipped
 from . import commands
 from .errors import UserError
+from .shipped import POLICY_OF
 
 _TAKES_CONFIG = ("train", "rollout", "eval")
 
@@ -207,11 +208,9 @@ def _build() -> argparse.ArgumentParser:
     envs.add_argument("id", nargs="?", metavar="ID", help="a Gymnasium id, for check")
 
     make = command("make-policy", commands.make_policy, "rebuild a shipped policy from nothing, by seed")
-    make.add_argument(
-        "subject", nargs="?", choices=["spreadsheet", "code"], default="spreadsheet", help="what it learns"
-    )
+    make.add_argument("subject", nargs="?", choices=[*POLICY_OF], default="spreadsheet", help="what it learns")
     make.add_argument("--seed", type=int, default=0)
-    make.add_argument("--to", type=Path, default=Path("policies/tiny"), metavar="DIR")
+    make.add_argument("--to", type=Path, metavar="DIR", help="a new folder (default: policies/ and its shipped name)")
 
     doctor = command("doctor", commands.doctor, "what is installed, what is wrong, and the command that mends it")
     doctor.add_argument("--out", type=Path, default=Path("runs"), help="where runs would be written")

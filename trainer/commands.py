@@ -12,11 +12,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..configs.load import load
 from ..configs.schema import RunConfig
 from .errors import UserError
+from .shipped import POLICY_OF
 
 if TYPE_CHECKING:
     from .runs import Run
@@ -257,16 +259,17 @@ def export(args: argparse.Namespace) -> Result:
 
 def make_policy(args: argparse.Namespace) -> Result:
     """Rebuild a shipped policy from nothing."""
-    if args.to.exists():
-        raise UserError(f"{args.to} exists already; name a new folder in --to.")
+    to = args.to or Path("policies") / POLICY_OF[args.subject]
+    if to.exists():
+        raise UserError(f"{to} exists already; name a new folder in --to.")
     from .imitate import RECIPES
     from .imitate import make_policy as make
     from .lessons import SUBJECTS
 
-    make(args.to, SUBJECTS[args.subject](), replace(RECIPES[args.subject], seed=args.seed))
+    make(to, SUBJECTS[args.subject](), replace(RECIPES[args.subject], seed=args.seed))
     if not args.json:
-        print(f"policy in {args.to}; use it with --policy.base {args.to}")
-    return {"to": str(args.to), "seed": args.seed}
+        print(f"policy in {to}; use it with --policy.base {to}")
+    return {"to": str(to), "seed": args.seed}
 
 
 def bench(args: argparse.Namespace) -> Result:

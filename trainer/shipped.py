@@ -12,3 +12,6 @@ SHIPPED: Mapping[str, tuple[Path, str]] = {
     "tiny-code": (_FOLDER / "tiny-code", "code"),
 }
 """Name -> its folder and its subject (what `espalier make-policy` makes it of)."""
+
+POLICY_OF: Mapping[str, str] = {subject: name for name, (_, subject) in SHIPPED.items()}
+"""Subject -> the name of its shipped policy."""
