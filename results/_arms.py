@@ -8,15 +8,21 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from espalier.configs.load import load
 from espalier.configs.schema import RunConfig
 from espalier.rollouts.types import Group, Trajectory
+
+if TYPE_CHECKING:
+    from _bench import Bench
 
 
 def configuration(config: str, arm: str, seed: int, out: Path, overrides: Sequence[str]) -> RunConfig:
@@ -206,3 +212,15 @@ def carry_out(
     found = arms[arm](config, **more)
     minutes = (time.monotonic() - began) / 60
     return {"arm": arm, "seed": seed, **found, "minutes": minutes, "peak_gb": peak_gb(config.env.processes)}
+
+
+def run(bench: Bench, shipped: str, arm: str, seed: int, overrides: Sequence[str], **more: Any) -> dict[str, Any]:
+    """One arm of one seed, in a fresh process, unless it is kept from an earlier invocation."""
+
+    def fresh() -> dict[str, Any]:
+        print(f"seed {seed}: {arm} ...", file=sys.stderr, flush=True)
+        given = ["--policy.device", bench.device, *overrides]
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            return pool.submit(carry_out, shipped, arm, seed, bench.arms, given, more).result()
+
+    return bench.arm({"arm": arm, "seed": seed, **more}, fresh)

@@ -5,15 +5,12 @@ measures before its first step, on the same tasks with the same random numbers.
 """
 
 import argparse
-import sys
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from statistics import median
 from typing import Any
 
-import _arms
 import _bench
-from _arms_plot import by_family, draw
+from _arms import run
+from _arms_page import by_family, draw, table
 
 CONFIG = "code-tiny"
 TITLES = {"grpo": "after GRPO", "base": "base"}
@@ -30,7 +27,7 @@ def main() -> None:
     seeds = list(range(1 if bench.quick else mine.seeds))
     found: Found = {arm: {} for arm in TITLES}
     for seed in seeds:
-        found["grpo"][seed] = run(bench, seed)
+        found["grpo"][seed] = run(bench, CONFIG, "grpo", seed, QUICK if bench.quick else [])
         found["base"][seed] = found["grpo"][seed]["before"]
     figures = count(found, seeds)
     runs = [found["grpo"][seed] for seed in seeds]
@@ -38,18 +35,6 @@ def main() -> None:
     if bench.folder is not None:
         draw(found, seeds, TITLES, bench.folder / "plot.png")
         (bench.folder / "report.md").write_text(page(found, seeds, figures), encoding="utf-8")
-
-
-def run(bench: _bench.Bench, seed: int) -> dict[str, Any]:
-    """One seed, in a fresh process, unless it is kept from an earlier invocation."""
-    overrides = ["--policy.device", bench.device, *(QUICK if bench.quick else [])]
-
-    def fresh() -> dict[str, Any]:
-        print(f"seed {seed} ...", file=sys.stderr, flush=True)
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            return pool.submit(_arms.carry_out, CONFIG, "grpo", seed, bench.arms, overrides, {}).result()
-
-    return bench.arm({"seed": seed}, fresh)
 
 
 def count(found: Found, seeds: list[int]) -> dict[str, float]:
@@ -86,14 +71,8 @@ def page(found: Found, seeds: list[int], figures: dict[str, float]) -> str:
         "held-out tasks a seed (other names, mistakes and inputs than in training), graded by six hidden tests that "
         f"must all pass. Sampled: T = 1. Machine: {machine['cpu']}, {machine['cores']} cores.",
         "",
-        "| | sampled pass@1 (95 %), by seed | greedy pass@1, by seed |",
-        "|---|---|---|",
+        *table(found, seeds, TITLES),
     ]
-    for arm, title in TITLES.items():
-        sampled = [found[arm][s]["sampled"] for s in seeds]
-        cells = ", ".join(f"{r['pass1']:.3f} [{r['low']:.3f}, {r['high']:.3f}]" for r in sampled)
-        greedy = ", ".join(f"{found[arm][s]['greedy']['pass1']:.3f}" for s in seeds)
-        lines.append(f"| {title} | {cells} | {greedy} |")
     apart = "lies above" if figures["margin_min"] > 0 else "does not lie above"
     names, before, after = by_family(found, seeds)
     families = ", ".join(f"{n} {b:.2f} to {a:.2f}" for n, b, a in zip(names, before, after, strict=True))

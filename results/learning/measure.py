@@ -6,14 +6,11 @@ steps), and doing nothing. Espalier's claim is the first line; the others say wh
 """
 
 import argparse
-import sys
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from statistics import median
 from typing import Any
 
-import _arms
 import _bench
+from _arms import run
 
 TITLES = {
     "grpo": "GRPO (Espalier)",
@@ -35,9 +32,11 @@ def main() -> None:
     bench = _bench.start(__file__, __doc__ or "", rest)
     seeds = list(range(1 if bench.quick else mine.seeds))
     found: Found = {arm: {} for arm in TITLES}
+    shorter = QUICK if bench.quick else []
+    many = {"samples": 2, "tasks": 4} if bench.quick else {"samples": 64, "tasks": 100}
     for seed in seeds:
-        run(bench, found, "base", seed, samples=2 if bench.quick else 64, tasks=4 if bench.quick else 100)
-        run(bench, found, "grpo", seed)
+        found["base"][seed] = run(bench, CONFIG, "base", seed, shorter, **many)
+        found["grpo"][seed] = run(bench, CONFIG, "grpo", seed, shorter)
         ours = found["grpo"][seed]
         controls: list[tuple[str, dict[str, Any]]] = [
             ("rejection", {"episodes": ours["episodes"], "epochs": 1 if bench.quick else 4}),
@@ -45,32 +44,20 @@ def main() -> None:
             ("shuffled", {}),
         ]
         for arm, more in controls[seed % 3 :] + controls[: seed % 3]:
-            run(bench, found, arm, seed, **more)
+            found[arm][seed] = run(bench, CONFIG, arm, seed, shorter, **more)
     figures = count(found, seeds)
     runs = [found[arm][seed] for seed in seeds for arm in TITLES]
     bench.finish(
         "A small agent gets at least twice as good on spreadsheet tasks it has never seen.", seeds, figures, runs
     )
     if bench.folder is not None:
-        from _arms_plot import draw
+        from _arms_page import draw
         from page import report
 
         draw(found, seeds, TITLES, bench.folder / "plot.png")
         (bench.folder / "report.md").write_text(
             report(found, seeds, TITLES, figures, _bench.machine()), encoding="utf-8"
         )
-
-
-def run(bench: _bench.Bench, found: Found, arm: str, seed: int, **more: Any) -> None:
-    """One arm of one seed, in a fresh process, unless it is kept from an earlier invocation."""
-    overrides = ["--policy.device", bench.device, *(QUICK if bench.quick else [])]
-
-    def fresh() -> dict[str, Any]:
-        print(f"seed {seed}: {TITLES[arm]} ...", file=sys.stderr, flush=True)
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            return pool.submit(_arms.carry_out, CONFIG, arm, seed, bench.arms, overrides, more).result()
-
-    found[arm][seed] = bench.arm({"arm": arm, "seed": seed, **more}, fresh)
 
 
 def count(found: Found, seeds: list[int]) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from _arms_plot import Found
+from _arms_page import Found, table
 
 
 def verdict(figures: Mapping[str, float]) -> str:
@@ -39,14 +39,8 @@ def report(
         "cells on the workbook seen and on three copies with other values. Sampled: T = 1, the whole distribution. "
         f"Machine: {machine['cpu']}, {machine['cores']} cores.",
         "",
-        "| | sampled pass@1 (95 %), by seed | greedy pass@1, by seed |",
-        "|---|---|---|",
+        *table(found, seeds, titles),
     ]
-    for arm, title in titles.items():
-        sampled = [found[arm][s]["sampled"] for s in seeds]
-        cells = ", ".join(f"{r['pass1']:.3f} [{r['low']:.3f}, {r['high']:.3f}]" for r in sampled)
-        greedy = ", ".join(f"{found[arm][s]['greedy']['pass1']:.3f}" for s in seeds)
-        lines.append(f"| {title} | {cells} | {greedy} |")
     most = next(k for k in figures if k.startswith("base_pass") and k != "base_pass1")
     gain = figures["final_pass1"] - figures["base_pass1"]
     sharpened = (figures["base_greedy"] - figures["base_pass1"]) / max(gain, 1e-9)

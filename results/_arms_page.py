@@ -1,4 +1,4 @@
-"""The plot of a learning benchmark."""
+"""What the page of a learning benchmark shows: a plot and a table."""
 
 from __future__ import annotations
 
@@ -53,3 +53,14 @@ def by_family(found: Found, seeds: Sequence[int]) -> tuple[list[str], list[float
         return float(median(found[arm][s]["sampled"]["by_family"].get(name, {"pass1": 0.0})["pass1"] for s in seeds))
 
     return names, [middle("base", n) for n in names], [middle("grpo", n) for n in names]
+
+
+def table(found: Found, seeds: Sequence[int], titles: Mapping[str, str]) -> list[str]:
+    """The lines of a Markdown table: pass@1 of every arm, by seed."""
+    lines = ["| | sampled pass@1 (95 %), by seed | greedy pass@1, by seed |", "|---|---|---|"]
+    for arm, title in titles.items():
+        sampled = [found[arm][s]["sampled"] for s in seeds]
+        cells = ", ".join(f"{r['pass1']:.3f} [{r['low']:.3f}, {r['high']:.3f}]" for r in sampled)
+        greedy = ", ".join(f"{found[arm][s]['greedy']['pass1']:.3f}" for s in seeds)
+        lines.append(f"| {title} | {cells} | {greedy} |")
+    return lines
