@@ -1,20 +1,17 @@
-"""A whole run: measure, then sample, train, publish, repeat, then measure again.
+"""Training from a configuration to a result, and collecting alone: what a run needs is opened, and closed again.
 
-Always true: what a step has done is committed by a checkpoint or done again after a crash, with the same result; a
-version that was sampled from is on the disk; every number that is reported stands in metrics.jsonl.
+Always true: the folder of a run is written by one process at a time; what a user can mend is one sentence.
 """
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any
 
 from ..configs.load import load as load_config
 from ..configs.schema import RunConfig
@@ -23,49 +20,22 @@ from ..rollouts.render import RenderError
 from ..rollouts.runner import GroupSpec
 from ..rollouts.samplers.base import SamplerError
 from ..rollouts.store import StoreError, TrajectoryStore
-from . import alarms
 from . import tasks as tasklists
-from .batch import Batch, BatchSource, sampled_row
+from .batch import BatchSource
 from .checkpoint import Checkpoint, CheckpointStore, Progress, trained
 from .durable import unwritable
 from .errors import UserError
-from .evaluate import EvalResult
 from .metrics import Recorder, Row
 from .parallel import Shared, follows, share, shared_end, world
 from .policy import PolicyStore, resolve_base
 from .rollout_side import RolloutSide, open_rollouts
 from .rounds import ReplaySource, batch_source, describe
+from .run import Run, RunResult
 from .runs import claim
-
-if TYPE_CHECKING:
-    import torch
-
-    from .grpo import OnlineGRPOTrainer
-
-GAP_PROMPTS = 4
-"""Prompts on which a version just published is compared with the trainer, where older versions sample the batches."""
 
 Listener = Callable[[Row], None]
 SourceMaker = Callable[[RunConfig, RolloutSide, Sequence[Task], Progress], BatchSource]
 """Makes the source of a run's batches out of the configuration, the rollout side, the training tasks, the progress."""
-
-
-class RunResult(TypedDict):
-    """What a run came to. `before` and `after`: pass@1 by mode ("sampled", "greedy"), empty without an environment.
-
-    `peak_gb`: see the function of that name.
-    """
-
-    run: str
-    steps: int
-    version: int
-    best_version: int | None
-    stopped: str | None
-    before: dict[str, Any]
-    after: dict[str, Any]
-    seconds: float
-    seconds_training: float
-    peak_gb: float
 
 
 def train(
@@ -242,228 +212,3 @@ def _torch(threads: int) -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-class Run:
-    """A run under way. `carry_out` is its story; the trainer calls `finished` after every batch."""
-
-    side: RolloutSide | None = None
-    trainer: OnlineGRPOTrainer
-    held_out: Sequence[Task] = ()
-    _compared = False
-
-    def __init__(self, config: RunConfig, folder: Path, base: Path, progress: Progress, recorder: Recorder) -> None:
-        self.config, self.folder, self.base = config, folder, base
-        self.progress, self.recorder = progress, recorder
-        self.policies = PolicyStore(folder / "policies", base)
-        self.checkpoints = CheckpointStore(folder / "checkpoints")
-        self._committed: list[int] = [progress.version]
-
-    def build(self, source: BatchSource, checkpoint: Checkpoint | None) -> None:
-        """Load the model and put it where the checkpoint left it."""
-        from .grpo import build
-
-        self.trainer = build(
-            self.config,
-            self.base,
-            output=self.folder,
-            source=Shared(source) if world() > 1 else source,
-            finished=shared_end(self._adapter, self.finished) if world() > 1 else self.finished,
-            start=self.progress.step,
-        )
-        share(checkpoint)
-        if checkpoint is not None:
-            checkpoint.restore(self.trainer.adapter, self.trainer.optimizer, self.trainer.lr_scheduler)
-        elif self.config.policy.from_adapter is not None:
-            self.progress.version = self._store_policy()
-        self._serve(self.progress.version)
-
-    def carry_out(self, startup: float) -> RunResult:
-        """Measure, train, measure."""
-        began = time.monotonic()
-        before: dict[str, Any] = {}
-        if self.progress.step == 0 and not self.checkpoints.list():
-            before = self._measure("evaluating the base", self.config.eval.tasks)
-            self._commit()
-        if share(self.progress.step < self.config.trainer.steps and self.progress.stopped is None):
-            self.recorder.emit("phase", phase="training")
-            self.trainer.train()
-            self._commit()
-        if self.side is not None:
-            self.side.abandon()
-        chosen = self.progress.version
-        if self.progress.stopped == "early_stop" and self.progress.best_version is not None:
-            chosen = self.progress.best_version
-            self._serve(chosen)
-        after = self._measure("evaluating the result", self.config.eval.tasks, chosen)
-        self.recorder.emit("phase", phase="done")
-        return RunResult(
-            run=str(self.folder),
-            steps=self.progress.step,
-            version=chosen,
-            best_version=self.progress.best_version,
-            stopped=self.progress.stopped,
-            before=before or self._first_measure(),
-            after=after,
-            seconds=startup + time.monotonic() - began,
-            seconds_training=self.progress.seconds,
-            peak_gb=0.0,  # known once the environments' processes have ended
-        )
-
-    # ---- after every batch
-
-    def finished(self, batch: Batch, numbers: Mapping[str, float]) -> bool:
-        """Store and serve the new version, write the row, evaluate and commit when it is time. Returns whether to
-        stop.
-        """
-        progress = self.progress
-        progress.step = batch.step
-        progress.consumed.extend(batch.consumed)
-        if numbers:  # empty: there was nothing to train on, so the policy is what it was
-            progress.version = self._store_policy()
-            self._serve(progress.version)
-            numbers = self._with_served_gap(batch, numbers)
-        row = self._train_row(batch, numbers)
-        self._say_what_was_compared()
-        progress.seconds += row["seconds_rollout"] + row["seconds_train"]
-        self._watch(row)
-        self._evaluate_within()
-        self.policies.retain(
-            self.config.schedule.keep_recent,
-            best=[v for v in [progress.best_version] if v],
-            leased=[*range(progress.version - self._behind(), progress.version + 1), *self._committed],
-        )
-        if progress.step % self.config.schedule.checkpoint_every == 0:
-            self._commit()
-        return progress.stopped is not None or progress.step >= self.config.trainer.steps
-
-    def _with_served_gap(self, batch: Batch, numbers: Mapping[str, float]) -> Mapping[str, float]:
-        """Asynchronously, where older policies sampled the batch: its gap between sampler and trainer replaced by that
-        on a few tokens sampled by the version just published; by none where the sampler gives none now.
-        """
-        if self.side is None or not self._behind():
-            return numbers
-        others = {name: value for name, value in numbers.items() if not name.startswith("logprob_gap")}
-        prompts = [row.tokens[: row.mask.index(True)] for row in batch.rows if row.trained][:GAP_PROMPTS]
-        try:
-            samples = self.side.probe(prompts, self.progress.version)
-        except (SamplerError, TimeoutError):
-            return others
-        return {**others, **self.trainer.gap([sampled_row(*pair) for pair in zip(prompts, samples, strict=True)])}
-
-    def _behind(self) -> int:
-        """How many versions before the latest may still be sampled from."""
-        schedule = self.config.schedule
-        return schedule.max_staleness if schedule.kind == "async" else 0
-
-    def _train_row(self, batch: Batch, numbers: Mapping[str, float]) -> Row:
-        stats = dict(batch.stats)
-        rollout = float(stats.get("seconds_rollout", 0.0))
-        row = {
-            "step": batch.step,
-            "version": self.progress.version,
-            **stats,
-            "rows": len(batch.rows),
-            "tok_s": stats.get("sampled_tokens", 0) / rollout if rollout else 0.0,
-            "seconds_train": 0.0,
-            "trained_tokens": 0,
-            **numbers,
-            "shared_prefix": self.trainer.sharing.state,
-        }
-        return self.recorder.emit("train", **row)
-
-    def _say_what_was_compared(self) -> None:
-        """Once: how near the token tree is to the flat path; an alarm where it is not, and is not used any more."""
-        sharing = self.trainer.sharing
-        if self._compared or not sharing.compared:
-            return
-        self._compared = True
-        if sharing.reason is None:
-            said = f"training (the token tree's gradient is the flat path's to {sharing.error:.1e})"
-            self.recorder.emit("phase", phase=said, tree_error=sharing.error)
-            return
-        said = f"the token tree is not used, training goes on flat: {sharing.reason}"
-        values = {"alarm": "token_tree", "value": sharing.error, "bound": sharing.limit, "message": said}
-        self.recorder.emit("alarm", step=self.progress.step, **values, stops=False)
-
-    def _watch(self, row: Row) -> None:
-        progress = self.progress
-        if progress.first_length is None:
-            progress.first_length = row.get("sampled_tokens_mean")
-        for alarm in alarms.check(row, self.config.alarms, progress.first_length, replayed=self.side is None):
-            self.recorder.emit("alarm", step=progress.step, **asdict(alarm))
-            if alarm.stops:
-                progress.stopped = "alarm"
-
-    def _evaluate_within(self) -> None:
-        """The evaluation of every k-th step; keeps the best version and stops when none gets better."""
-        section, progress = self.config.eval, self.progress
-        if not section.every or progress.step % section.every or progress.step >= self.config.trainer.steps:
-            return
-        if self.side is None:
-            return
-        result = self._evaluate(section.every_tasks, greedy=False)
-        if result.pass1 > progress.best_pass1:
-            progress.best_pass1, progress.best_version, progress.stale_evaluations = result.pass1, progress.version, 0
-        else:
-            progress.stale_evaluations += 1
-        if section.early_stop is not None and progress.stale_evaluations >= section.early_stop:
-            progress.stopped = progress.stopped or "early_stop"
-
-    # ---- parts
-
-    def _adapter(self) -> Iterator[torch.Tensor]:
-        return (tensor for _, tensor in trained(self.trainer.adapter))
-
-    def _store_policy(self) -> int:
-        from .model import write_adapter
-
-        parent = self.progress.version
-        adapter = self.trainer.adapter
-        return self.policies.publish(
-            lambda folder: write_adapter(adapter, folder), parent=parent, number=parent + 1
-        ).number
-
-    def _serve(self, number: int) -> None:
-        if self.side is not None:
-            self.side.publish(self.policies.open(number))
-
-    def _evaluate(self, count: int, greedy: bool, version: int | None = None) -> EvalResult:
-        if self.side is None:
-            raise RuntimeError("there is no environment to evaluate in")
-        number = self.progress.version if version is None else version
-        result = self.side.evaluate(self.held_out[:count], number, self.progress.step, greedy)
-        event = {**result.event(), **self.side.graph_figures()}
-        self.recorder.emit(event.pop("kind"), **event)
-        if not result.n:
-            said = ", ".join(f"{count} {kind}" for kind, count in result.failures.items())
-            raise UserError(
-                f"none of {result.asked} held-out tasks got a verdict ({said}), so there is nothing to compare; "
-                "espalier doctor checks the installation"
-            )
-        return result
-
-    def _measure(self, phase: str, count: int, version: int | None = None) -> dict[str, Any]:
-        """Sampled and, if asked for, greedy pass@1."""
-        if self.side is None:
-            return {}
-        self.recorder.emit("phase", phase=phase)
-        modes = [False, True] if self.config.eval.greedy else [False]
-        results = [self._evaluate(count, greedy, version) for greedy in modes]
-        return {r.mode: {"pass1": r.pass1, "low": r.low, "high": r.high, "n": r.n} for r in results}
-
-    def _first_measure(self) -> dict[str, Any]:
-        """What an earlier process of this run measured before it trained."""
-        found: dict[str, Any] = {}
-        for line in self.recorder.path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            if row["kind"] == "eval" and row["step"] == 0:
-                found.setdefault(row["mode"], {name: row[name] for name in ("pass1", "low", "high", "n")})
-        return found
-
-    def _commit(self) -> None:
-        self.progress.metrics_bytes = self.recorder.position
-        config = self.config.model_dump(mode="json")
-        trainer = self.trainer
-        self.checkpoints.save(self.progress, trainer.adapter, trainer.optimizer, trainer.lr_scheduler, config)
-        self._committed = [*self._committed[-1:], self.progress.version]

@@ -329,7 +329,7 @@ def test_a_run_whose_episodes_all_fail_says_why(toy_base, tmp_path, monkeypatch)
     # every episode asks the environment, those that a budget cut too
     changes = {"eval": {"tasks": 1, "greedy": False}, "episode": {"on_overflow": "grade"}}
     config = toy.run_config(toy_base, tmp_path, name="again", **changes)
-    monkeypatch.setattr("espalier.trainer.loop.Run._measure", lambda *_: {})
+    monkeypatch.setattr("espalier.trainer.run.Run._measure", lambda *_: {})
     with pytest.raises(UserError, match=r"step 1: all 48 episodes failed .*engine is gone"):
         train(config)
 
