@@ -2,7 +2,8 @@
 
 Always true: a contender trains in a process of its own, alone on the machine, at the settings that this run's sweep
 found fastest for it; the order of the two turns with every seed; the clock counts sampling and updates and nothing of
-set-up or evaluation; held-out pass@1 is measured afterwards, from the adapters that both left, by one evaluator, on the
+set-up or evaluation, and every step of an arm as its median step, so that what else the machine did for a while does
+not count; held-out pass@1 is measured afterwards, from the adapters that both left, by one evaluator, on the
 same tasks with the same random keys. The target is the middle between the base and the final pass@1 of the weaker of
 the two, so both get there.
 
@@ -18,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any, TypedDict
@@ -96,6 +98,11 @@ class Arm:
     settings: Settings
     steps: list[Step]
     adapters: dict[int, Path | None]
+
+    @property
+    def seconds_a_step(self) -> float:
+        """The median over its steps."""
+        return median(b - a for a, b in pairwise([0.0, *(row["seconds"] for row in self.steps)]))
 
 
 @dataclass(frozen=True)
@@ -207,12 +214,12 @@ def measure(bench: _bench.Bench, plan: Plan, adapters: Sequence[Path | None], ke
     return bench.arm({**what, "config": _without_places(plan.config())}, run)
 
 
-def curve(bench: _bench.Bench, plan: Plan, arm: Arm, base_pass1: float) -> list[Point]:
-    """pass@1 over training seconds, from the base at 0 seconds on."""
+def curve(bench: _bench.Bench, plan: Plan, arm: Arm, base_pass1: float, *, wall: bool = False) -> list[Point]:
+    """pass@1 over training seconds, by the arm's median step or by the `wall`'s clock, from the base at 0 seconds on."""
     key = {"contender": arm.name, "seed": arm.seed, "settings": arm.settings, "steps": list(arm.adapters)}
     trained = {step: folder for step, folder in arm.adapters.items() if folder is not None}
     found = dict(zip(trained, measure(bench, plan, list(trained.values()), key), strict=True)) if trained else {}
-    seconds = {row["step"]: row["seconds"] for row in arm.steps}
+    seconds = {row["step"]: row["seconds"] if wall else row["step"] * arm.seconds_a_step for row in arm.steps}
     return [(0.0, base_pass1), *((seconds[step], found.get(step, base_pass1)) for step in arm.adapters)]
 
 
@@ -228,19 +235,20 @@ def outcome(seed: int, curves: dict[str, list[Point]]) -> Outcome:
 # ---- what comes out
 
 
-def figures(outcomes: Sequence[Outcome], arms: Sequence[Arm]) -> dict[str, float]:
-    """Medians over seeds; figures about the target only where there is one."""
+def figures(outcomes: Sequence[Outcome], by_wall: Sequence[Outcome], arms: Sequence[Arm]) -> dict[str, float]:
+    """Medians over seeds; figures about the target only where there is one. `by_wall`: the same by the wall's clock."""
     found = {"base_pass1": outcomes[0].curves["espalier"][0][1]}
     for name in NAMES:
         own = [arm for arm in arms if arm.name == name]
         found[f"final_pass1_{name}"] = median(o.curves[name][-1][1] for o in outcomes)
         found[f"steps_{name}"] = median(arm.steps[-1]["step"] for arm in own)
-        found[f"seconds_a_step_{name}"] = median(arm.steps[-1]["seconds"] / arm.steps[-1]["step"] for arm in own)
+        found[f"seconds_a_step_{name}"] = median(arm.seconds_a_step for arm in own)
     found["steps"] = max(found["steps_espalier"], found["steps_trl"])
     reached = [o for o in outcomes if o.ratio is not None]
     if reached:
         found["target_pass1"] = median(o.target for o in reached)
         found["time_ratio"] = median(o.ratio for o in reached if o.ratio is not None)
+        found["time_ratio_wall"] = median(o.ratio for o in by_wall if o.ratio is not None)
         for name in NAMES:
             found[f"seconds_{name}"] = median(s for o in reached if (s := o.seconds[name]) is not None)
     return found
@@ -327,7 +335,8 @@ stops if they differ. Both end an episode at `submit`: TRL has no way for an env
 template reads a turn that submits as the last.
 
 The clock counts sampling, updates, and for Espalier also storing and serving every version; set-up (loading, making
-tasks) and evaluation are not in it. Training stops after {plan.steps} steps or {plan.cap_s:g} s. Both leave an adapter
+tasks) and evaluation are not in it. Every step counts as the median step of its arm, so that what else the machine did
+for a while does not; by the wall's clock the ratio is {found.get("time_ratio_wall", float("nan")):.1f}. Training stops after {plan.steps} steps or {plan.cap_s:g} s. Both leave an adapter
 every {plan.save_every} steps, and each is measured afterwards by the same evaluator: {plan.tasks} held-out tasks,
 sampled at temperature 1, the same random keys. Between two adapters pass@1 is taken to lie on a straight line.
 
@@ -347,7 +356,7 @@ Each ran at the fastest of these (seconds a step behind the first, seed 0):
 |---|---|---|
 {table}
 
-In the runs themselves a step took Espalier {found["seconds_a_step_espalier"]:.1f} s and TRL
+In the runs themselves the median step took Espalier {found["seconds_a_step_espalier"]:.1f} s and TRL
 {found["seconds_a_step_trl"]:.1f} s.
 """
 
@@ -388,12 +397,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in list(NAMES)[:: -1 if at % 2 else 1]:
             arms.append(train(bench, plan, name, seed, chosen[name]))
     base_pass1 = measure(bench, plan, [None], {"contender": "base"})[0]
-    outcomes = []
-    for seed in plan.seeds:
-        curves = {arm.name: curve(bench, plan, arm, base_pass1) for arm in arms if arm.seed == seed}
-        outcomes.append(outcome(seed, curves))
 
-    numbers = figures(outcomes, arms)
+    def reached(*, wall: bool) -> list[Outcome]:
+        return [
+            outcome(seed, {a.name: curve(bench, plan, a, base_pass1, wall=wall) for a in arms if a.seed == seed})
+            for seed in plan.seeds
+        ]
+
+    outcomes = reached(wall=False)
+    numbers = figures(outcomes, reached(wall=True), arms)
     runs: list[dict[str, Any]] = [*tried]
     for arm in arms:
         points = next(o.curves[arm.name] for o in outcomes if o.seed == arm.seed)
