@@ -27,10 +27,10 @@ SUBMIT = '<tool_call>\n{"name": "submit", "arguments": {}}\n</tool_call>'
 
 
 @pytest.fixture(scope="module")
-def measure():
-    sys.path.insert(0, str(ROOT / "results"))  # where `espalier bench` finds _bench
+def comparison():
+    sys.path.insert(0, str(ROOT / "results"))  # where `espalier bench` finds _curves
     try:
-        spec = importlib.util.spec_from_file_location("versus_trl_measure", HERE / "measure.py")
+        spec = importlib.util.spec_from_file_location("versus_trl_comparison", HERE / "comparison.py")
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     finally:
@@ -64,25 +64,32 @@ def tasks():
 # ---- the target
 
 
-def test_the_target_is_reached_on_the_line_between_two_adapters(measure):
+def test_the_target_is_reached_on_the_line_between_two_adapters(comparison):
     points = [(0.0, 0.2), (10.0, 0.4), (30.0, 0.3), (50.0, 0.8)]
-    assert measure.time_to(points, 0.3) == pytest.approx(5.0)
-    assert measure.time_to(points, 0.4) == 10.0
-    assert measure.time_to(points, 0.55) == pytest.approx(40.0)
-    assert measure.time_to(points, 0.2) == 0.0 and measure.time_to(points, 0.9) is None
+    assert comparison.time_to(points, 0.3) == pytest.approx(5.0)
+    assert comparison.time_to(points, 0.4) == 10.0
+    assert comparison.time_to(points, 0.55) == pytest.approx(40.0)
+    assert comparison.time_to(points, 0.2) == 0.0 and comparison.time_to(points, 0.9) is None
 
 
-def test_the_target_is_the_middle_between_the_base_and_the_weaker_end(measure):
+def test_the_target_is_the_middle_between_the_base_and_the_weaker_end(comparison):
     curves = {"espalier": [(0.0, 0.2), (10.0, 0.8)], "trl": [(0.0, 0.2), (60.0, 0.6)]}
-    found = measure.outcome(0, curves)
+    found = comparison.outcome(0, curves)
     assert found.target == pytest.approx(0.4)
     assert found.seconds == {"espalier": pytest.approx(10 / 3), "trl": pytest.approx(30.0)}
     assert found.ratio == pytest.approx(9.0)
 
 
-def test_without_progress_of_both_there_is_no_ratio(measure):
-    found = measure.outcome(0, {"espalier": [(0.0, 0.2), (10.0, 0.8)], "trl": [(0.0, 0.2), (60.0, 0.2)]})
+def test_without_progress_of_both_there_is_no_ratio(comparison):
+    found = comparison.outcome(0, {"espalier": [(0.0, 0.2), (10.0, 0.8)], "trl": [(0.0, 0.2), (60.0, 0.2)]})
     assert found.ratio is None and found.seconds == {"espalier": None, "trl": None}
+
+
+def test_what_else_the_machine_did_for_a_while_does_not_count(comparison):
+    steps = [
+        {"step": n, "seconds": s, "reward": 0.0, "failed": 0} for n, s in ((1, 2.0), (2, 4.0), (3, 90.0), (4, 92.0))
+    ]
+    assert comparison.Arm("trl", 0, {}, steps, {}).seconds_a_step == 2.0
 
 
 # ---- what TRL is given
