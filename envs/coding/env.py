@@ -108,17 +108,26 @@ class CodeSandboxEnv(AgentEnv):
         return Observation((Message(role="user", content=task.instruction),)), {"task": task}
 
     def _begin(self, task: CodeTask) -> None:
-        """The box at the start of `task`: the one at hand, rolled back, where it has the same workspace."""
-        if self._box is None or self._clean is None or self._workspace != task.workspace:
-            self._discard()
-            self._box = Box(task.workspace or None, self._limits)
-            self._workspace = task.workspace
-            testing.preload(self._box)
-            self._clean = self._box.snapshot()
-        else:
-            self._box.rollback(self._clean)
+        """The box at the start of `task`: the one at hand, rolled back, where it has that workspace and is alive."""
+        box = self._returned(task.workspace) or self._fresh(task.workspace)
         for path, text in task.files.items():
-            self._box.write_file(path, text.encode())
+            box.write_file(path, text.encode())
+
+    def _returned(self, workspace: str) -> Box | None:
+        if self._box is None or self._clean is None or self._workspace != workspace:
+            return None
+        try:
+            self._box.rollback(self._clean)
+        except BoxError:  # it was lost since the last episode, which is no reason for this one to fail
+            return None
+        return self._box
+
+    def _fresh(self, workspace: str) -> Box:
+        self._discard()
+        self._box, self._workspace = Box(workspace or None, self._limits), workspace
+        testing.preload(self._box)
+        self._clean = self._box.snapshot()
+        return self._box
 
     def step(self, action: Action) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Carry out one turn; a turn without a call, or a submit, ends the episode, and the end is graded.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 
 import espalier.envs
 import gymnasium
+import psutil
 import pytest
 from espalier.envs import Action, ToolCall
 from espalier.envs.check import check_agent_env
@@ -239,3 +241,21 @@ def test_a_box_without_pytest_is_a_failure_and_no_reward(works: None, monkeypatc
         env.reset(seed=0)
     assert failure.value.kind == "box_failed"
     env.close()
+
+
+def test_a_box_lost_between_two_episodes_costs_neither(works: None) -> None:
+    before = set(psutil.Process().children(recursive=True))
+    env = CodeSandboxEnv([TASK], seconds=10)
+    try:
+        env.reset(seed=0)
+        assert do(env, "submit")[1] == 0.0
+        killed = set(psutil.Process().children(recursive=True)) - before
+        for process in killed:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(killed, timeout=10)
+        env.reset(seed=0)
+        do(env, "write_file", path="work.py", content=RIGHT)
+        assert killed and do(env, "submit")[1] == 1.0
+    finally:
+        env.close()
