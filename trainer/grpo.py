@@ -11,7 +11,7 @@ and the forward pass. Always true here:
 * behaviour log-probabilities are the recorded ones; no forward pass is spent to guess them;
 * only sampled positions are projected to the vocabulary.
 
-This module and `tree.py` alone know TRL. `tests/trainer/test_trl_contract.py` pins the methods that are overridden or
+This module alone knows TRL. `tests/trainer/test_trl_contract.py` pins the methods that are overridden or
 relied upon.
 """
 
@@ -40,10 +40,11 @@ from .correction import Mode, importance_ratio
 from .errors import UserError
 from .model import load_base, load_tokenizer, logit_rules, lora_config, read_adapter, resolve_device
 from .parallel import WAIT_SECONDS, add_up, gathered
-from .sharing import Sharing, weights_of
 from .tally import Tally
-from .tree import unique_tokens
-from .tree_attention import Layout, no_mask
+from .tree.attention import Layout
+from .tree.models import no_mask
+from .tree.packing import unique_tokens
+from .tree.sharing import Sharing, weights_of
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 """Every loss of TRL 1.16 (the contract test reads TRL's source and compares)."""

@@ -18,8 +18,8 @@ from espalier.trainer.batch import Batch, Row, collate
 from espalier.trainer.grpo import OnlineGRPOTrainer, Window, grpo_config
 from espalier.trainer.model import load_tokenizer, lora_config
 from espalier.trainer.policy import resolve_base
-from espalier.trainer.sharing import lay_out
-from espalier.trainer.tree import TokenTree, grow
+from espalier.trainer.tree.core import TokenTree, grow
+from espalier.trainer.tree.models import lay_out
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl.trainer.grpo_trainer import GRPOTrainer
 from workloads import VOCAB

@@ -19,7 +19,7 @@ import _bench
 import torch
 from contenders import MID, NAMES, TINY, Contenders, Shape, operations
 from espalier.trainer.batch import Row
-from espalier.trainer.tree import grow
+from espalier.trainer.tree.core import grow
 from workloads import WORKLOADS
 
 SEED = 0

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from espalier.trainer.tree import grow
+from espalier.trainer.tree.core import grow
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[2]

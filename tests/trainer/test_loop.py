@@ -83,7 +83,7 @@ def test_a_run_says_what_it_shared(whole):
 
 
 def test_a_tree_that_is_wrong_is_an_alarm_and_training_goes_on(toy_base, tmp_path, monkeypatch):
-    monkeypatch.setattr("espalier.trainer.sharing.LIMITS", {torch.float32: 0.0})
+    monkeypatch.setattr("espalier.trainer.tree.sharing.LIMITS", {torch.float32: 0.0})
     evaluation = {"tasks": 2, "every": 0, "greedy": False}
     result = train(toy.run_config(toy_base, tmp_path, trainer={"steps": 2}, eval=evaluation))
     assert result["steps"] == 2

@@ -7,12 +7,12 @@ import math
 
 import pytest
 import torch
-from espalier.trainer import sharing, tree_attention
 from espalier.trainer.batch import Batch, collate
 from espalier.trainer.grpo import LOSS_TYPES
-from espalier.trainer.sharing import lay_out, why_flat
-from espalier.trainer.tree import grow, unique_tokens
-from espalier.trainer.tree_attention import Unsuitable, enable, no_mask
+from espalier.trainer.tree import models, sharing
+from espalier.trainer.tree.core import grow
+from espalier.trainer.tree.models import Unsuitable, enable, lay_out, no_mask, why_flat
+from espalier.trainer.tree.packing import unique_tokens
 from peft import LoraConfig, get_peft_model
 from random_rows import branching_rows, make_rows
 from transformers import (
@@ -285,7 +285,7 @@ def test_attention_that_a_tree_has_not_is_an_error(extra):
     tree = grow(ROWS)
     q = torch.zeros(1, 4, tree.unique, 8)
     with pytest.raises(Unsuitable):
-        tree_attention._registered(torch.nn.Module(), q, q, q, None, tree=lay_out(tree, SHAPES["llama"]), **extra)
+        models._registered(torch.nn.Module(), q, q, q, None, tree=lay_out(tree, SHAPES["llama"]), **extra)
 
 
 # ---- falling back

@@ -5,9 +5,11 @@ import dataclasses
 import pytest
 import torch
 from espalier.trainer.batch import Row
-from espalier.trainer.tree import cut, grow, telling, unique_tokens
-from espalier.trainer.tree_attention import Fused, Layout, Plain, attend
-from espalier.trainer.tree_tiles import Tile, tiles, visible, windowed
+from espalier.trainer.tree.attention import Layout, attend
+from espalier.trainer.tree.core import grow
+from espalier.trainer.tree.kernels import Fused, Plain
+from espalier.trainer.tree.packing import cut, telling, unique_tokens
+from espalier.trainer.tree.tiles import Tile, tiles, visible, windowed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_rows import branching_rows
@@ -179,7 +181,7 @@ def test_tiles_equal_a_dense_mask(seed, window, call, counts, kernel):
 
 def test_the_plain_kernel_takes_queries_in_parts(monkeypatch):
     tree = grow(branching_rows(8, 3))
-    monkeypatch.setattr("espalier.trainer.tree_attention.SCORES_AT_ONCE", 50)
+    monkeypatch.setattr("espalier.trainer.tree.kernels.SCORES_AT_ONCE", 50)
     q, k, v = heads(0, tree, 4, 2, torch.float64)
     parts = attend(q, k, v, Layout(tree, 1), kernel=Plain())
     dense = attend(q, k, v, Layout(tree, 1, backend="dense"))

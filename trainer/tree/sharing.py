@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ..configs.schema import RunConfig
-from .batch import Row
-from .parallel import gathered, world
-from .tree import TokenTree, cut, grow, telling, unique_tokens
-from .tree_attention import NAME, Layout, disable, enable
+from ...configs.schema import RunConfig
+from ..batch import Row
+from ..parallel import gathered, world
+from .attention import Layout
+from .core import grow
+from .models import disable, enable, lay_out, why_flat
+from .packing import cut, telling, unique_tokens
 
 WORTH = 1.1
 """Tokens of the rows over tokens of their tree, from which on the tree is used."""
@@ -35,33 +37,6 @@ CHECKED_ROWS = 4
 
 Gradient = Callable[[Sequence[Row], bool], torch.Tensor]
 """Rows, and whether they run as a tree: a gradient of the adapter."""
-
-
-def why_flat(model: PreTrainedModel, training: bool = True, aux_loss: bool = False) -> str | None:
-    """What of a model keeps it from running as a tree; None: nothing that is known."""
-    config = model.config.get_text_config()
-    kinds = sorted(set(_layer_types(config)) - {"full_attention", "sliding_attention"})
-    if kinds:
-        return f"it has {kinds[0]} layers, whose state would have to fork where rows part"
-    if config._attn_implementation not in ("sdpa", NAME):
-        return f'attention is "{config._attn_implementation}", and trees are built on "sdpa"'
-    if not getattr(model, "_supports_attention_backend", False):
-        return f"{type(model).__name__} does not take attention functions"
-    if getattr(model, "_is_stateful", False):
-        return "it has recurrent layers, whose state would have to fork where rows part"
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        return "it caps attention scores"
-    if aux_loss:
-        return "its router's loss counts a shared token once for every row"
-    if training and any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules()):
-        return "dropout draws for every row anew"
-    if training and float(getattr(config, "attention_dropout", 0.0) or 0.0) > 0:
-        return "attention dropout draws for every row anew"
-    return None
-
-
-def _layer_types(config: PreTrainedConfig) -> Sequence[str]:
-    return getattr(config, "layer_types", None) or ()
 
 
 class Sharing:
@@ -136,14 +111,6 @@ class Sharing:
     def layout(self, rows: Sequence[Row], device: torch.device) -> Layout:
         """The tree of a micro-batch."""
         return lay_out(grow(rows).to(device), self._model.config)
-
-
-def lay_out(tree: TokenTree, config: PreTrainedConfig) -> Layout:
-    """A tree for the attention of a model."""
-    text = config.get_text_config()
-    heads = int(text.num_attention_heads)
-    size = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
-    return Layout(tree, 4 * heads * size)
 
 
 def weights_of(rows: Iterable[Row]) -> torch.Tensor:

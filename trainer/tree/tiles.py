@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .tree import Node, TokenTree
+from .core import Node, TokenTree
 
 MERGING = 24
 """Pairs that cost a query as much as adding a call's result to what it has."""
