@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -306,16 +307,27 @@ class OnlineGRPOTrainer(GRPOTrainer):
 
     def _check_gradient(self, rows: Sequence[Row], tree: bool) -> torch.Tensor:
         """What the tree and the flat path are compared by: the adapter's gradient of weighted log-probabilities and
-        entropies.
+        entropies, computed as training computes it.
         """
         micro = self._collate(list(rows), tree)
         mask = micro["tool_mask"].bool()
-        logps, entropies = self._score(self.model, micro)
-        weights = weights_of(rows).to(logps.device)
-        parameters = [p for p in self.adapter.parameters() if p.requires_grad]
-        value = (logps[mask] * weights).sum() + (entropies[mask] * weights.flip(0)).sum()
-        found = torch.autograd.grad(value, parameters, allow_unused=True)
+        with self._mode(training=True):
+            logps, entropies = self._score(self.model, micro)
+            weights = weights_of(rows).to(logps.device)
+            parameters = [p for p in self.adapter.parameters() if p.requires_grad]
+            value = (logps[mask] * weights).sum() + (entropies[mask] * weights.flip(0)).sum()
+            found = torch.autograd.grad(value, parameters, allow_unused=True)
         return torch.cat([g.flatten() for g in found if g is not None])
+
+    @contextmanager
+    def _mode(self, training: bool) -> Iterator[None]:
+        """The model in training or evaluation mode; afterwards as it was."""
+        model, before = self.adapter, self.adapter.training
+        model.train(training)
+        try:
+            yield
+        finally:
+            model.train(before)
 
     def _fill_old(self, windows: list[Window]) -> None:
         """The policy as it stands before the first of several updates: the proximal policy of decoupled PPO (arXiv
@@ -521,14 +533,11 @@ class OnlineGRPOTrainer(GRPOTrainer):
         """|policy - recorded| at the sampled tokens of `rows`, in nats: the members of `finished`'s numbers that begin
         with logprob_gap. Trains nothing.
         """
-        tally, model = Tally(), self.adapter
-        training = model.training
-        model.eval()
-        with torch.no_grad():
+        tally = Tally()
+        with self._mode(training=False), torch.no_grad():
             for micro in self.micro(rows, self.sharing.wanted(rows)):
-                logps, entropies = self._score(model, micro)
+                logps, entropies = self._score(self.model, micro)
                 tally.add(logps, entropies, micro["sampling_per_token_logps"], micro["tool_mask"])
-        model.train(training)
         return tally.gap()
 
     # ---- after an update

@@ -29,7 +29,7 @@ from updates import changed, gradient, make
 
 EXACT = 1e-5
 CPU = torch.device("cpu")
-ROWS = branching_rows(14, seed=3)
+ROWS = tuple(branching_rows(14, seed=3))
 
 
 def both(base, folder, rows=ROWS, **options):
@@ -83,6 +83,22 @@ def test_checkpointing_recomputes_trees(base, tmp_path):
     _, recomputed = gradient(trainer, ROWS)
     assert trainer.sharing.state == "tree"
     assert changed(recomputed, plain) <= EXACT
+
+
+def test_the_comparison_runs_as_training_does(base, tmp_path):
+    """In its mode, activations recomputed: what is compared is what will be trained, in the memory that this takes."""
+    trainer = make(base, tmp_path, policy={"gradient_checkpointing": True})
+    trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    backbone = trainer.adapter.get_base_model().base_model
+    passes, layers = [], []
+    backbone.register_forward_pre_hook(lambda *_: passes.append(1))
+    backbone.layers[0].mlp.register_forward_pre_hook(lambda module, *_: layers.append(module.training))
+    trainer.model.eval()  # as it stands when the first batch comes
+    trainer.windows_of(Batch(1, ROWS))
+    assert trainer.sharing.compared
+    assert all(layers)
+    assert len(layers) == 2 * len(passes), "forward, and again in backward"
+    assert not trainer.model.training, "the mode is left as it was"
 
 
 def test_a_run_says_what_it_computed(base, tmp_path):
