@@ -45,7 +45,7 @@ from .tally import Tally
 from .tree.attention import Layout
 from .tree.models import no_mask
 from .tree.packing import unique_tokens
-from .tree.sharing import Sharing, weights_of
+from .tree.sharing import Gradient, Sharing
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 """Every loss of TRL 1.16 (the contract test reads TRL's source and compares)."""
@@ -256,10 +256,9 @@ class OnlineGRPOTrainer(GRPOTrainer):
             rows = [replace(row, advantage=row.advantage * row.share) for row in rows]
         parts = minibatches(rows, self._section.minibatches, seed=self._seed * 1_000_003 + batch.step)
         rank, count = self.accelerator.process_index, self.accelerator.num_processes
-        tree = self.sharing.wanted(rows, self._check_gradient)
         windows = [
             Window(
-                self.micro(part, tree, rank, count),
+                self.micro(part, rank, count, self._check_gradient),
                 sum(row.trained for row in part),
                 math.fsum(row.share for row in part),
                 first=i == 0,
@@ -273,14 +272,16 @@ class OnlineGRPOTrainer(GRPOTrainer):
             self._fill_old(windows)
         return windows
 
-    def micro(self, rows: list[Row], tree: bool, rank: int = 0, count: int = 1) -> list[Tensors]:
-        """The micro-batches of `rows` that process `rank` of `count` runs, as trees or flat."""
-        parts = (
-            self.sharing.parts(rows, count)
-            if tree
-            else micro_batches(rows, self._section.micro_batch, by_group=self._shares)
-        )
-        return [self._collate(part, tree) for part in dealt(parts, rank, count)]
+    def micro(self, rows: list[Row], rank: int = 0, count: int = 1, gradient: Gradient | None = None) -> list[Tensors]:
+        """The micro-batches of `rows` that process `rank` of `count` runs, as trees or flat; `gradient` as
+        `Sharing.trees` takes it.
+        """
+        trees = self.sharing.trees(rows, count, gradient)
+        parts = self._flat(rows) if trees is None else trees
+        return [self._collate(part, trees is not None) for part in dealt(parts, rank, count)]
+
+    def _flat(self, rows: Sequence[Row]) -> list[list[Row]]:
+        return micro_batches(rows, self._section.micro_batch, by_group=self._shares)
 
     def _collate(self, rows: list[Row], tree: bool) -> Tensors:
         device = self.accelerator.device
@@ -306,18 +307,20 @@ class OnlineGRPOTrainer(GRPOTrainer):
         return int(shared + rows * (width - shared))
 
     def _check_gradient(self, rows: Sequence[Row], tree: bool) -> torch.Tensor:
-        """What the tree and the flat path are compared by: the adapter's gradient of weighted log-probabilities and
-        entropies, computed as training computes it.
+        """What the tree and the flat path are compared by: the adapter's gradient of log-probabilities and entropies,
+        weighted by the rows' `logprobs` and their squares, computed as training computes it.
         """
-        micro = self._collate(list(rows), tree)
-        mask = micro["tool_mask"].bool()
+        parameters = [p for p in self.adapter.parameters() if p.requires_grad]
+        total = torch.zeros((), device=self.accelerator.device)
         with self._mode(training=True):
-            logps, entropies = self._score(self.model, micro)
-            weights = weights_of(rows).to(logps.device)
-            parameters = [p for p in self.adapter.parameters() if p.requires_grad]
-            value = (logps[mask] * weights).sum() + (entropies[mask] * weights.flip(0)).sum()
-            found = torch.autograd.grad(value, parameters, allow_unused=True)
-        return torch.cat([g.flatten() for g in found if g is not None])
+            for part in [list(rows)] if tree else self._flat(rows):
+                micro = self._collate(part, tree)
+                weights = micro["sampling_per_token_logps"]
+                logps, entropies = self._score(self.model, micro)
+                value = (logps * weights).sum() + (entropies * weights.square()).sum()
+                found = torch.autograd.grad(value, parameters, allow_unused=True)
+                total = total + torch.cat([g.flatten() for g in found if g is not None])
+        return total
 
     @contextmanager
     def _mode(self, training: bool) -> Iterator[None]:
@@ -535,7 +538,7 @@ class OnlineGRPOTrainer(GRPOTrainer):
         """
         tally = Tally()
         with self._mode(training=False), torch.no_grad():
-            for micro in self.micro(rows, self.sharing.wanted(rows)):
+            for micro in self.micro(rows):
                 logps, entropies = self._score(self.model, micro)
                 tally.add(logps, entropies, micro["sampling_per_token_logps"], micro["tool_mask"])
         return tally.gap()

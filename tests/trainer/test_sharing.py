@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from espalier.trainer.batch import Batch, collate
+from espalier.trainer.batch import Batch, Row, collate
 from espalier.trainer.grpo import LOSS_TYPES
 from espalier.trainer.tree import models, sharing
 from espalier.trainer.tree.core import grow
@@ -101,9 +101,34 @@ def test_the_comparison_runs_as_training_does(base, tmp_path):
     assert not trainer.model.training, "the mode is left as it was"
 
 
+@pytest.mark.parametrize("micro_batch", [2, 3])
+def test_the_comparison_takes_no_more_memory_than_training(base, tmp_path, micro_batch):
+    trainer = make(base, tmp_path, micro_batch=micro_batch)
+    shapes = []
+    backbone = trainer.adapter.get_base_model().base_model
+    backbone.register_forward_pre_hook(lambda m, a, kw: shapes.append(kw["input_ids"].shape), with_kwargs=True)
+    window = trainer.windows_of(Batch(1, ROWS))[0]
+    assert all("tree" in micro for micro in window.micro)
+    longest = max(len(row.tokens) for row in ROWS)
+    assert trainer.sharing.compared
+    for rows, width in shapes:
+        assert rows * width <= micro_batch * longest
+
+
+def test_rows_that_share_little_within_micro_batches_run_flat(base, tmp_path):
+    """Half of each row is shared, but two rows together are more than a micro-batch holds."""
+    mask, logprobs = (False,) * 12 + (True,) * 12, (0.0,) * 12 + (-4.0,) * 12
+    rows = [Row((2,) * 12 + tuple(range(3 + 8 * i, 15 + 8 * i)), mask, logprobs, 1.0, f"t{i}", "g") for i in range(5)]
+    alone, together = (make(base, tmp_path / str(n), micro_batch=n) for n in (1, 4))
+    assert not any("tree" in micro for micro in alone.windows_of(Batch(1, tuple(rows)))[0].micro)
+    assert not alone.sharing.compared
+    assert all("tree" in micro for micro in together.windows_of(Batch(1, tuple(rows)))[0].micro)
+
+
 def test_a_run_says_what_it_computed(base, tmp_path):
     seen = []
     trainer = make(base, tmp_path, ROWS, lambda batch, numbers: seen.append(dict(numbers)), steps=2, beta=0.01)
+    trainer.windows_of(Batch(1, ROWS))  # compares
     passes = []
     backbone = trainer.adapter.get_base_model().base_model
     backbone.register_forward_pre_hook(lambda m, a, kw: passes.append(kw["input_ids"].numel()), with_kwargs=True)
@@ -117,8 +142,8 @@ def test_a_run_says_what_it_computed(base, tmp_path):
         assert all(math.isfinite(value) for value in numbers.values())
     assert len(seen) == 2
     assert 0 < trainer.sharing.error <= EXACT
-    # policy and reference in each step; before them two passes of the comparison
-    assert sum(passes[2:]) == 2 * 2 * seen[0]["tokens_processed"]
+    # policy and reference in each step
+    assert sum(passes) == 2 * 2 * seen[0]["tokens_processed"]
 
 
 def test_without_shared_tokens_the_flat_path_is_taken(base, tmp_path):
@@ -133,7 +158,9 @@ def test_without_shared_tokens_the_flat_path_is_taken(base, tmp_path):
 def test_filler_rows_cost_nothing(base, tmp_path):
     """Beside the rows of another process there may be nothing to train: the gradient is there, and zero."""
     trainer = make(base, tmp_path)
-    parts = [trainer.micro(list(ROWS), True, rank, 3) for rank in range(3)]
+    trainer.windows_of(Batch(1, ROWS))  # compares
+    parts = [trainer.micro(list(ROWS), rank, 3) for rank in range(3)]
+    assert all("tree" in m for part in parts for m in part)
     assert len({tuple(m["advantages"].numel() for m in part) for part in parts}) == 1
     assert sum(int(m["tool_mask"].sum()) for part in parts for m in part) == sum(row.trained for row in ROWS)
     blank = [dataclasses.replace(row, mask=(False,) * len(row.tokens)) for row in ROWS[:2]]
@@ -319,7 +346,7 @@ def test_a_failed_comparison_falls_back_and_says_so(base, tmp_path, monkeypatch,
     seen = []
     trainer = make(base, tmp_path, ROWS, lambda batch, numbers: seen.append(dict(numbers)), steps=2)
     trainer.train()
-    assert trainer.sharing.failed
+    assert trainer.sharing.compared
     if wrong == "positions":
         assert trainer.sharing.state.startswith("flat: its gradient is off by")
         assert trainer.sharing.error > trainer.sharing.limit
@@ -330,7 +357,7 @@ def test_a_failed_comparison_falls_back_and_says_so(base, tmp_path, monkeypatch,
     flat = make(base, tmp_path / "flat", shared_prefix="flat")
     fallen = make(base, tmp_path / "fallen")
     assert changed(gradient(fallen, ROWS)[1], gradient(flat, ROWS)[1]) == 0
-    assert fallen.sharing.failed
+    assert fallen.sharing.compared
 
 
 def test_what_cannot_run_as_a_tree_says_why():
@@ -353,7 +380,7 @@ def test_what_cannot_run_as_a_tree_says_why():
 def test_dropout_trains_flat(base, tmp_path):
     trainer = make(base, tmp_path, policy={"lora": {"rank": 4, "alpha": 16, "dropout": 0.1}})
     assert "dropout" in trainer.sharing.state
-    assert not trainer.sharing.failed
+    assert not trainer.sharing.compared
     assert not any("tree" in m for m in trainer.windows_of(Batch(1, tuple(ROWS)))[0].micro)
 
 

@@ -2,12 +2,15 @@
 
 The flat path (`OnlineGRPOTrainer`'s padded rows, of which those of a group share their prompt) works for every model.
 Always true: a tree is used only where it saves tokens, after its gradient was compared with the flat path's on rows of
-the run itself; where a model cannot, or the comparison fails, `state` says so; all processes decide alike.
+the run itself, in no more memory than training takes; where a model cannot, or the comparison fails, `state` says so;
+all processes decide alike.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from peft import PeftModel
@@ -22,7 +25,7 @@ from .models import disable, enable, lay_out, why_flat
 from .packing import cut, telling, unique_tokens
 
 WORTH = 1.1
-"""Tokens of the rows over tokens of their tree, from which on the tree is used."""
+"""Tokens of an update's rows over those of its micro-batches' trees, from which on trees are used."""
 
 LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest difference between the two paths' gradients, over the largest gradient, by the dtype of the base. In float32
@@ -36,7 +39,7 @@ CHECKED_ROWS = 4
 """Rows that are compared, beside the longest."""
 
 Gradient = Callable[[Sequence[Row], bool], torch.Tensor]
-"""Rows, and whether they run as a tree: a gradient of the adapter."""
+"""Rows, and whether they run as a tree: the adapter's gradient of what is predicted, weighted by `logprobs`."""
 
 
 class Sharing:
@@ -68,25 +71,26 @@ class Sharing:
         """For people: "tree", or "flat" and why."""
         return "tree" if self.reason is None else f"flat: {self.reason}"
 
-    @property
-    def failed(self) -> bool:
-        """Whether the comparison ended the use of trees."""
-        return self.compared and self.reason is not None
+    def trees(
+        self, rows: Sequence[Row], processes: int = 1, gradient: Gradient | None = None
+    ) -> list[list[Row]] | None:
+        """An update's `rows` as micro-batches to run as trees, as many for each process; None where they are to run
+        flat. A micro-batch is no larger than a flat one of `micro_batch` of the longest rows.
 
-    def wanted(self, rows: Sequence[Row], gradient: Gradient | None = None) -> bool:
-        """Whether `rows` are to run as trees. The first time that they are, the two paths' `gradient`s are compared;
-        without `gradient` nothing is compared, and nothing is wanted before.
+        The first time that trees are worth it, the two paths' `gradient`s are compared, on rows of the micro-batch that
+        shares most; without `gradient` nothing is compared, and there are no trees before.
         """
         if self.reason is not None or not rows:
-            return False
-        if sum(len(row.tokens) - 1 for row in rows) < WORTH * unique_tokens(rows):
-            return False
+            return None
+        parts = cut(rows, self._rows * max(len(row.tokens) for row in rows), processes)
+        if _tokens(rows) < WORTH * sum(map(unique_tokens, parts)):
+            return None
         if not self.compared and gradient is not None:
-            self._compare(rows, gradient)
-        return self.compared and self.reason is None
+            self._compare(max(parts, key=lambda part: _tokens(part) - unique_tokens(part)), gradient)
+        return parts if self.compared and self.reason is None else None
 
     def _compare(self, rows: Sequence[Row], gradient: Gradient) -> None:
-        few = telling(rows, CHECKED_ROWS)
+        few = weighed(telling(rows, CHECKED_ROWS))
         try:
             flat, tree = gradient(few, False), gradient(few, True)
             largest = float(flat.abs().max())
@@ -102,18 +106,19 @@ class Sharing:
         if self.reason is not None:
             disable(self._model)
 
-    def parts(self, rows: Sequence[Row], processes: int) -> list[list[Row]]:
-        """Micro-batches to run as trees: no larger than flat ones of `micro_batch` of the longest rows would be, and as
-        many for each process.
-        """
-        return cut(rows, self._rows * max(len(row.tokens) for row in rows), processes)
-
     def layout(self, rows: Sequence[Row], device: torch.device) -> Layout:
         """The tree of a micro-batch."""
         return lay_out(grow(rows).to(device), self._model.config)
 
 
-def weights_of(rows: Iterable[Row]) -> torch.Tensor:
-    """Weights of both signs and many sizes for every trained token, so that no two errors cancel."""
-    count = sum(row.trained for row in rows)
-    return torch.randn(count, generator=torch.Generator().manual_seed(0))
+def _tokens(rows: Iterable[Row]) -> int:
+    """Tokens that a pass over whole rows computes."""
+    return sum(len(row.tokens) - 1 for row in rows)
+
+
+def weighed(rows: Iterable[Row]) -> list[Row]:
+    """The rows with weights of both signs and many sizes in the place of recorded log-probabilities, so that no two
+    errors cancel.
+    """
+    draw = random.Random(0)
+    return [replace(row, logprobs=tuple(draw.gauss(0, 1) if m else 0.0 for m in row.mask)) for row in rows]
