@@ -38,7 +38,7 @@ def both(base, folder, rows=ROWS, **options):
     tree = make(base, folder / "tree", shared_prefix="tree", **options)
     found = gradient(flat, rows), gradient(tree, rows)
     assert flat.sharing.state == 'flat: trainer.shared_prefix = "flat"'
-    assert tree.sharing.state == "tree"
+    assert tree.sharing.compared and tree.sharing.state == "tree"
     return found
 
 
@@ -152,7 +152,9 @@ def test_without_shared_tokens_the_flat_path_is_taken(base, tmp_path):
     window = trainer.windows_of(Batch(1, tuple(rows)))[0]
     assert not any("tree" in micro for micro in window.micro)
     assert trainer.sharing.error is None, "nothing was compared for it"
-    assert any("tree" in micro for micro in trainer.windows_of(Batch(2, tuple(ROWS)))[0].micro)
+    assert trainer.sharing.state == "flat: rows share too little (1.00 times)"
+    assert any("tree" in micro for micro in trainer.windows_of(Batch(2, ROWS))[0].micro)
+    assert trainer.sharing.state == "tree"
 
 
 def test_filler_rows_cost_nothing(base, tmp_path):
@@ -381,7 +383,7 @@ def test_dropout_trains_flat(base, tmp_path):
     trainer = make(base, tmp_path, policy={"lora": {"rank": 4, "alpha": 16, "dropout": 0.1}})
     assert "dropout" in trainer.sharing.state
     assert not trainer.sharing.compared
-    assert not any("tree" in m for m in trainer.windows_of(Batch(1, tuple(ROWS)))[0].micro)
+    assert not any("tree" in m for m in trainer.windows_of(Batch(1, ROWS))[0].micro)
 
 
 def test_the_gap_between_sampler_and_trainer_is_the_same(base, tmp_path):

@@ -55,6 +55,7 @@ class Sharing:
         self.limit = LIMITS.get(getattr(torch, config.policy.dtype), LIMIT_16_BIT)
         self.reason = self._not_asked(config) or why_flat(self._model, aux_loss=aux_loss)
         self.compared = False
+        self._ratio = WORTH
         if self.reason is None:
             enable(self._model)
 
@@ -68,7 +69,9 @@ class Sharing:
 
     @property
     def state(self) -> str:
-        """For people: "tree", or "flat" and why."""
+        """For people: how the last update ran, "tree", or "flat" and why."""
+        if self.reason is None and self._ratio < WORTH:
+            return f"flat: rows share too little ({self._ratio:.2f} times)"
         return "tree" if self.reason is None else f"flat: {self.reason}"
 
     def trees(
@@ -78,12 +81,15 @@ class Sharing:
         flat. A micro-batch is no larger than a flat one of `micro_batch` of the longest rows.
 
         The first time that trees are worth it, the two paths' `gradient`s are compared, on rows of the micro-batch that
-        shares most; without `gradient` nothing is compared, and there are no trees before.
+        shares most; without `gradient`, where nothing is trained, nothing is compared and there are no trees before.
         """
         if self.reason is not None or not rows:
             return None
         parts = cut(rows, self._rows * max(len(row.tokens) for row in rows), processes)
-        if _tokens(rows) < WORTH * sum(map(unique_tokens, parts)):
+        ratio = _tokens(rows) / sum(map(unique_tokens, parts))
+        if gradient is not None:
+            self._ratio = ratio
+        if ratio < WORTH:
             return None
         if not self.compared and gradient is not None:
             self._compare(max(parts, key=lambda part: _tokens(part) - unique_tokens(part)), gradient)
