@@ -42,7 +42,7 @@ from .errors import UserError
 from .model import load_base, load_tokenizer, logit_rules, lora_config, read_adapter, resolve_device
 from .parallel import WAIT_SECONDS, add_up, gathered
 from .tally import Tally
-from .tree.attention import Layout
+from .tree.core import TokenTree
 from .tree.models import no_mask
 from .tree.packing import unique_tokens
 from .tree.sharing import Gradient, Sharing
@@ -287,7 +287,7 @@ class OnlineGRPOTrainer(GRPOTrainer):
         device = self.accelerator.device
         micro: Tensors = {**collate(rows, self._tokenizer.pad_token_id, device)}
         if tree:
-            micro["tree"] = self.sharing.layout(rows, device)
+            micro["tree"] = self.sharing.tree(rows, device)
         return micro
 
     def _count(self, updates: Sequence[Sequence[Row]], windows: Sequence[Window]) -> None:
@@ -300,8 +300,8 @@ class OnlineGRPOTrainer(GRPOTrainer):
     def _processed(self, micro: Tensors) -> int:
         """Tokens that a pass over a micro-batch computes, padding included."""
         if "tree" in micro:
-            layout: Layout = micro["tree"]
-            return layout.tree.unique
+            tree: TokenTree = micro["tree"]
+            return tree.unique
         rows, width = micro["completion_ids"].shape
         shared = self._shared(torch.cat([micro["prompt_ids"], micro["completion_ids"]], dim=1), micro["tool_mask"])
         return int(shared + rows * (width - shared))
@@ -469,14 +469,14 @@ class OnlineGRPOTrainer(GRPOTrainer):
         causal = self.accelerator.unwrap_model(model).get_base_model()
         with self.accelerator.autocast():
             if "tree" in micro:
-                layout: Layout = micro["tree"]
-                predicting, targets = self._hidden_tree(causal.base_model, layout), layout.tree.targets
+                tree: TokenTree = micro["tree"]
+                predicting, targets = self._hidden_tree(causal.base_model, tree), tree.targets
             else:
                 hidden, first = self._hidden(causal.base_model, tokens, mask)
                 predicting, targets = hidden[mask[:, first:]], tokens[:, 1:][mask]
             logps, entropies = self._project(causal, predicting, targets)
         if "tree" in micro:
-            logps, entropies = logps[layout.tree.expand], entropies[layout.tree.expand]
+            logps, entropies = logps[tree.expand], entropies[tree.expand]
         blank = logps.new_zeros(mask.shape)
         return blank.masked_scatter(mask, logps), blank.masked_scatter(mask, entropies)
 
@@ -497,15 +497,14 @@ class OnlineGRPOTrainer(GRPOTrainer):
         )
         return logps, entropies
 
-    def _hidden_tree(self, backbone: Any, layout: Layout) -> torch.Tensor:
+    def _hidden_tree(self, backbone: Any, tree: TokenTree) -> torch.Tensor:
         """What predicts each target of a tree: (targets, hidden)."""
-        tree = layout.tree
         states: torch.Tensor = backbone(
             input_ids=tree.tokens[None],
             position_ids=tree.positions[None],
             attention_mask=no_mask(tree.tokens.device),
             use_cache=False,
-            tree=layout,
+            tree=self.sharing.layout(tree),
         ).last_hidden_state
         return states[0, tree.predictors]
 

@@ -19,7 +19,6 @@ from espalier.trainer.grpo import OnlineGRPOTrainer, Window, grpo_config
 from espalier.trainer.model import load_tokenizer, lora_config
 from espalier.trainer.policy import resolve_base
 from espalier.trainer.tree.core import TokenTree, grow
-from espalier.trainer.tree.models import lay_out
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl.trainer.grpo_trainer import GRPOTrainer
 from workloads import VOCAB
@@ -169,7 +168,7 @@ class Contenders:
 
     def _packed(self, rows: list[Row], share: bool = False) -> dict[str, Any]:
         tree = grow(rows, share).to(self.device)
-        return {**collate(rows, 0, self.device), "tree": lay_out(tree, self.shape.config())}
+        return {**collate(rows, 0, self.device), "tree": tree}
 
     def forced(self, rows: Sequence[Row]) -> Window:
         """All rows as one tree, whether that saves anything or not."""

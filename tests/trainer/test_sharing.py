@@ -3,6 +3,7 @@ so.
 """
 
 import dataclasses
+import gc
 import math
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from espalier.trainer.batch import Batch, Row, collate
 from espalier.trainer.grpo import LOSS_TYPES
 from espalier.trainer.tree import models, sharing
+from espalier.trainer.tree.attention import Layout
 from espalier.trainer.tree.core import grow
 from espalier.trainer.tree.models import Unsuitable, enable, lay_out, no_mask, why_flat
 from espalier.trainer.tree.packing import unique_tokens
@@ -123,6 +125,15 @@ def test_rows_that_share_little_within_micro_batches_run_flat(base, tmp_path):
     assert not any("tree" in micro for micro in alone.windows_of(Batch(1, tuple(rows)))[0].micro)
     assert not alone.sharing.compared
     assert all("tree" in micro for micro in together.windows_of(Batch(1, tuple(rows)))[0].micro)
+
+
+def test_what_attention_prepares_ends_with_the_pass(base, tmp_path):
+    """Masks of all micro-batches of a batch together would be as large as the batch."""
+    trainer = make(base, tmp_path, minibatches=2)
+    windows = trainer.windows_of(Batch(1, ROWS))  # runs every micro-batch once, for the log-probabilities before
+    assert all("old_per_token_logps" in micro and "tree" in micro for window in windows for micro in window.micro)
+    gc.collect()
+    assert not [found for found in gc.get_objects() if type(found) is Layout]
 
 
 def test_a_run_says_what_it_computed(base, tmp_path):
@@ -414,7 +425,7 @@ def test_saved_activations_shrink_with_the_tokens(base, tmp_path):
 
     def weigh(share):
         tree = grow(rows, share)
-        micro = {**collate(rows, 0, CPU), "tree": lay_out(tree, trainer.adapter.get_base_model().config)}
+        micro = {**collate(rows, 0, CPU), "tree": tree}
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             result = trainer._score(trainer.model, micro)

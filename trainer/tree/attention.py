@@ -27,7 +27,7 @@ Backend = Literal["tiles", "dense"]
 
 @dataclass(eq=False)
 class Layout:
-    """A tree as the attention of one model sees it; made once for a micro-batch, used by every layer and pass.
+    """A tree as the attention of one model sees it; made for a pass, used by every layer of it.
 
     `work`: operations a pair of query and key takes in one layer's forward pass (4 x heads x head size).
     """

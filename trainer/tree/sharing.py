@@ -20,7 +20,7 @@ from ...configs.schema import RunConfig
 from ..batch import Row
 from ..parallel import gathered, world
 from .attention import Layout
-from .core import grow
+from .core import TokenTree, grow
 from .models import disable, enable, lay_out, why_flat
 from .packing import cut, telling, unique_tokens
 
@@ -112,9 +112,13 @@ class Sharing:
         if self.reason is not None:
             disable(self._model)
 
-    def layout(self, rows: Sequence[Row], device: torch.device) -> Layout:
+    def tree(self, rows: Sequence[Row], device: torch.device) -> TokenTree:
         """The tree of a micro-batch."""
-        return lay_out(grow(rows).to(device), self._model.config)
+        return grow(rows).to(device)
+
+    def layout(self, tree: TokenTree) -> Layout:
+        """A tree for one forward pass and its backward pass."""
+        return lay_out(tree, self._model.config)
 
 
 def _tokens(rows: Iterable[Row]) -> int:
