@@ -9,7 +9,7 @@ from espalier.trainer.tree.attention import Layout, attend
 from espalier.trainer.tree.core import grow
 from espalier.trainer.tree.kernels import Fused, Plain
 from espalier.trainer.tree.packing import cut, telling, unique_tokens
-from espalier.trainer.tree.tiles import Tile, tiles, visible, windowed
+from espalier.trainer.tree.tiles import MASKED, Tile, tiles, visible, windowed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_rows import branching_rows
@@ -78,6 +78,14 @@ def test_tiles_cover_every_pair_once(rows, call):
             first[tile.q : tile.q_stop] += 1
     assert torch.equal(counted, visible(tree, Tile(0, n, 0, n)).long())
     assert (first == 1).all()
+
+
+def test_masks_have_a_bound():
+    """However dear a call: the mask of a tree as one call would be as large as its tokens squared."""
+    rows = [Row((1, 5, i, 7), (False,) * 3 + (True,), (0.0,) * 4, 1.0, f"{i}", "g") for i in range(5000)]
+    found = tiles(grow(rows), 1e12)
+    assert any(tile.masked for tile in found)
+    assert all((tile.q_stop - tile.q) * (tile.k_stop - tile.k) <= MASKED for tile in found if tile.masked)
 
 
 @given(row_sets(), st.integers(1, 8))

@@ -8,6 +8,7 @@ with `first`, so that these may write where all others add.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,9 @@ from .core import Node, TokenTree
 
 MERGING = 24
 """Pairs that cost a query as much as adding a call's result to what it has."""
+
+MASKED = 1 << 22
+"""Most pairs that a subtree has as a single call, with its mask."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +80,9 @@ def _part(node: Node, below: Sequence[_Part], call: float) -> _Part:
 
 
 def _block(start: int, end: int, call: float) -> _Part:
-    return _Part(start, end, (end - start) ** 2 + call, (Tile(start, end, start, end, masked=True),))
+    pairs = (end - start) ** 2
+    cost = pairs + call if pairs <= MASKED else math.inf
+    return _Part(start, end, cost, (Tile(start, end, start, end, masked=True),))
 
 
 def _merged(parts: Sequence[_Part], call: float) -> list[_Part]:
