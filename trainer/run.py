@@ -59,7 +59,7 @@ class Run:
     side: RolloutSide | None = None
     trainer: OnlineGRPOTrainer
     held_out: Sequence[Task] = ()
-    _compared = False
+    _said_sharing = False
 
     def __init__(self, config: RunConfig, folder: Path, base: Path, progress: Progress, recorder: Recorder) -> None:
         self.config, self.folder, self.base = config, folder, base
@@ -133,7 +133,7 @@ class Run:
             self._serve(progress.version)
             numbers = self._with_served_gap(batch, numbers)
         row = self._train_row(batch, numbers)
-        self._say_what_was_compared()
+        self._say_what_is_shared()
         progress.seconds += row["seconds_rollout"] + row["seconds_train"]
         self._watch(row)
         self._evaluate_within()
@@ -181,12 +181,14 @@ class Run:
         }
         return self.recorder.emit("train", **row)
 
-    def _say_what_was_compared(self) -> None:
-        """Once: how near the token tree is to the flat path; an alarm where it is not, and is not used any more."""
+    def _say_what_is_shared(self) -> None:
+        """Once: how near the token tree is to the flat path; an alarm where it is not, and where it was asked for and
+        cannot be.
+        """
         sharing = self.trainer.sharing
-        if self._compared or not sharing.compared:
+        if self._said_sharing or not (sharing.compared or sharing.refused):
             return
-        self._compared = True
+        self._said_sharing = True
         if sharing.reason is None:
             said = f"training (the token tree's gradient is the flat path's to {sharing.error:.1e})"
             self.recorder.emit("phase", phase=said, tree_error=sharing.error)

@@ -93,6 +93,18 @@ def test_a_tree_that_is_wrong_is_an_alarm_and_training_goes_on(toy_base, tmp_pat
     assert all(row["shared_prefix"].startswith("flat: its gradient") for row in rows(tmp_path / "toy", "train"))
 
 
+def test_a_tree_that_was_asked_for_and_cannot_be_is_an_alarm(toy_base, tmp_path):
+    """LoRA has dropout: training goes on flat, but not in silence."""
+    policy = {"lora": {"rank": 4, "alpha": 8, "dropout": 0.1}}
+    evaluation = {"tasks": 2, "every": 0, "greedy": False}
+    for asked, alarms in (("tree", 1), ("auto", 0)):
+        settings = {"steps": 1, "shared_prefix": asked}
+        train(toy.run_config(toy_base, tmp_path / asked, policy=policy, trainer=settings, eval=evaluation))
+        found = rows(tmp_path / asked / "toy", "alarm")
+        assert len(found) == alarms
+        assert all("training goes on flat: dropout" in alarm["message"] for alarm in found)
+
+
 def test_every_version_that_sampled_is_recorded_and_recent_ones_are_kept(whole, toy_base):
     folder, result, _ = whole
     kept = adapters(folder, toy_base)

@@ -45,7 +45,7 @@ Gradient = Callable[[Sequence[Row], bool], torch.Tensor]
 class Sharing:
     """Decides for a trainer. `reason` is None where trees are used; `compared` says whether the comparison was made,
     `error` what it found: the largest difference of the two gradients over the largest gradient, None where the tree's
-    could not be computed.
+    could not be computed; `refused`, whether trees were asked for and cannot be.
     """
 
     def __init__(self, model: PeftModel, config: RunConfig, aux_loss: bool) -> None:
@@ -54,6 +54,7 @@ class Sharing:
         self.error: float | None = None
         self.limit = LIMITS.get(getattr(torch, config.policy.dtype), LIMIT_16_BIT)
         self.reason = self._not_asked(config) or why_flat(self._model, aux_loss=aux_loss)
+        self.refused = self.reason is not None and config.trainer.shared_prefix == "tree"
         self.compared = False
         self._ratio = WORTH
         if self.reason is None:
