@@ -378,7 +378,6 @@ def test_what_cannot_run_as_a_tree_says_why():
         return why_flat(tuned(config, **(lora or {})).get_base_model(), **options)
 
     assert "dropout" in reason(SHAPES["qwen3"], {"lora_dropout": 0.1})
-    assert reason(SHAPES["qwen3"], {"lora_dropout": 0.1}, training=False) is None
     assert "attention dropout" in reason(Qwen3Config(**SMALL, attention_dropout=0.1))
     assert "router" in reason(SHAPES["qwen3-moe"], aux_loss=True)
     assert "caps" in reason(Gemma2Config(**SMALL, attn_logit_softcapping=2.0, head_dim=8))
@@ -388,6 +387,29 @@ def test_what_cannot_run_as_a_tree_says_why():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hybrid)
     assert "linear_attention" in why_flat(model)
+
+
+STRETCHED = {
+    "rope_theta": 1e4,
+    "original_max_position_embeddings": 12,
+    "factor": 4.0,
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 4,
+    "long_factor": [4.0] * 4,
+}
+
+
+def test_positions_that_depend_on_the_longest_row_run_flat():
+    """Long RoPE turns positions by other angles once a pass has a long row: rows of one tree are not all as sampled."""
+    model = tuned(LlamaConfig(**SMALL, rope_parameters=STRETCHED))
+    assert "longest row" in why_flat(model.get_base_model())
+    want = gradients(model, row_by_row(model, ROWS))
+    enable(model.get_base_model())
+    off = changed(gradients(model, as_tree(model, grow(ROWS))), want)
+    assert off > 100 * sharing.LIMITS[torch.float32], "control: as a tree it would be wrong"
+    per_layer = {"full_attention": {"rope_type": "dynamic"}, "sliding_attention": {"rope_type": "default"}}
+    model.get_base_model().config.rope_parameters = per_layer
+    assert "longest row" in why_flat(model.get_base_model())
 
 
 def test_dropout_trains_flat(base, tmp_path):

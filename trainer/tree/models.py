@@ -4,7 +4,7 @@ functions. Always true: without a tree the registered function is transformers' 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ class Unsuitable(RuntimeError):
     """A model asks for attention that the tree does not have; the message names it."""
 
 
-def why_flat(model: PreTrainedModel, training: bool = True, aux_loss: bool = False) -> str | None:
+def why_flat(model: PreTrainedModel, aux_loss: bool = False) -> str | None:
     """What of a model keeps it from running as a tree; None: nothing that is known."""
     config = model.config.get_text_config()
     kinds = sorted(set(_layer_types(config)) - {"full_attention", "sliding_attention"})
@@ -37,17 +37,25 @@ def why_flat(model: PreTrainedModel, training: bool = True, aux_loss: bool = Fal
         return "it has recurrent layers, whose state would have to fork where rows part"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "it caps attention scores"
+    if any("dynamic" in kind or kind == "longrope" for kind in _rope_types(config)):
+        return "its position encoding depends on the longest row of a pass"
     if aux_loss:
         return "its router's loss counts a shared token once for every row"
-    if training and any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules()):
+    if any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules()):
         return "dropout draws for every row anew"
-    if training and float(getattr(config, "attention_dropout", 0.0) or 0.0) > 0:
+    if float(getattr(config, "attention_dropout", 0.0) or 0.0) > 0:
         return "attention dropout draws for every row anew"
     return None
 
 
 def _layer_types(config: PreTrainedConfig) -> Sequence[str]:
     return getattr(config, "layer_types", None) or ()
+
+
+def _rope_types(config: PreTrainedConfig) -> list[str]:
+    """Of all layers, or for each kind of layer."""
+    found: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
+    return [str(rope.get("rope_type")) for rope in (found, *found.values()) if isinstance(rope, Mapping)]
 
 
 def lay_out(tree: TokenTree, config: PreTrainedConfig) -> Layout:
