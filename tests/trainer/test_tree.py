@@ -201,15 +201,23 @@ def test_the_plain_kernel_takes_queries_in_parts(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_as_near_as_a_dense_mask(dtype):
-    tree = grow(branching_rows(12, 5))
-    exact = heads(0, tree, 4, 2, torch.float64)
-    half = [t.detach().to(dtype).requires_grad_() for t in exact]
-    truth = attend(*(t.detach().double().requires_grad_() for t in half), Layout(tree, 1, backend="dense"))
-    ours, theirs = (attend(*half, Layout(tree, 2e6, backend)) for backend in ("tiles", "dense"))
-    off, usual = (float((found.detach().double() - truth.detach()).abs().max()) for found in (ours, theirs))
-    assert ours.dtype == dtype
-    assert off <= 2 * usual
+@pytest.mark.parametrize("kernel", [Fused, Plain])
+def test_half_precision_is_as_near_as_a_dense_mask(dtype, kernel, monkeypatch):
+    """Value and gradients; the plain kernel some queries at a time, so that it has sums to keep."""
+    monkeypatch.setattr("espalier.trainer.tree.kernels.SCORES_AT_ONCE", 1 << 8)
+    tree = grow(branching_rows(100, 5))
+    half = [t.detach().to(dtype).requires_grad_() for t in heads(0, tree, 4, 2, torch.float64)]
+    exact = [t.detach().double().requires_grad_() for t in half]
+    pull = torch.randn(1, tree.unique, 4, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def found(inputs, backend):
+        out = attend(*inputs, Layout(tree, 2e6, backend), kernel=kernel())
+        assert out.dtype == inputs[0].dtype
+        return [out.detach(), *torch.autograd.grad(out, inputs, pull.to(out.dtype))]
+
+    for truth, ours, theirs in zip(found(exact, "dense"), found(half, "tiles"), found(half, "dense"), strict=True):
+        off, usual = (float((t.double() - truth).abs().max()) for t in (ours, theirs))
+        assert off <= 2 * usual
 
 
 def saved_bytes(make):

@@ -82,7 +82,7 @@ class Plain:
         """See `Kernel`."""
         dq = torch.empty_like(q)
         shape = (*q.shape[:2], k.size(2))
-        dk, dv = q.new_zeros(*shape, q.size(3)), q.new_zeros(*shape, v.size(3))
+        dk, dv = (lse.new_zeros(*shape, size) for size in (q.size(3), v.size(3)))
         for part in _parts(q, k):
             weights = (_scores(q, k, pairs, part) - lse[:, :, part, None]).exp()
             g = grad[:, :, part]
