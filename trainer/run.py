@@ -190,7 +190,8 @@ class Run:
             return
         self._said_sharing = True
         if sharing.reason is None:
-            said = f"training (the token tree's gradient is the flat path's to {sharing.error:.1e})"
+            failed = "".join(f"; not by {what}" for what in sharing.failed)
+            said = f"training (the token tree's gradient is the flat path's to {sharing.error:.1e}{failed})"
             self.recorder.emit("phase", phase=said, tree_error=sharing.error)
             return
         said = f"the token tree is not used, training goes on flat: {sharing.reason}"

@@ -89,8 +89,8 @@ def test_a_tree_that_is_wrong_is_an_alarm_and_training_goes_on(toy_base, tmp_pat
     assert result["steps"] == 2
     [alarm] = rows(tmp_path / "toy", "alarm")
     assert alarm["alarm"] == "token_tree"
-    assert "training goes on flat: its gradient is off by" in alarm["message"]
-    assert all(row["shared_prefix"].startswith("flat: its gradient") for row in rows(tmp_path / "toy", "train"))
+    assert "training goes on flat: tiles: its gradient is off by" in alarm["message"]
+    assert all(row["shared_prefix"].startswith("flat: tiles: its gradient") for row in rows(tmp_path / "toy", "train"))
 
 
 def test_a_tree_that_was_asked_for_and_cannot_be_is_an_alarm(toy_base, tmp_path):

@@ -361,16 +361,34 @@ def test_a_failed_comparison_falls_back_and_says_so(base, tmp_path, monkeypatch,
     trainer.train()
     assert trainer.sharing.compared
     if wrong == "positions":
-        assert trainer.sharing.state.startswith("flat: its gradient is off by")
+        assert trainer.sharing.state.startswith("flat: tiles: its gradient is off by")
         assert trainer.sharing.error > trainer.sharing.limit
     else:
-        assert trainer.sharing.state == "flat: ZeroDivisionError: division by zero"
+        assert trainer.sharing.state == "flat: tiles: ZeroDivisionError: division by zero"
     assert seen[1]["tokens_processed"] > seen[1]["tokens_unique"]
     assert trainer.adapter.get_base_model().config._attn_implementation == "sdpa"
     flat = make(base, tmp_path / "flat", shared_prefix="flat")
     fallen = make(base, tmp_path / "fallen")
     assert changed(gradient(fallen, ROWS)[1], gradient(flat, ROWS)[1]) == 0
     assert fallen.sharing.compared
+
+
+@pytest.mark.parametrize("backends", [("flex",), ("flex", "tiles")])
+def test_the_first_way_to_attend_that_passes_is_taken(base, tmp_path, monkeypatch, backends):
+    """FlexAttention has no backward pass on the CPU, which makes it one that fails here."""
+    monkeypatch.setattr(sharing, "BACKENDS", {"cpu": backends})
+    trainer = make(base, tmp_path)
+    _, found = gradient(trainer, ROWS)
+    _, flat = gradient(make(base, tmp_path / "flat", shared_prefix="flat"), ROWS)
+    assert changed(found, flat) <= EXACT
+    assert len(trainer.sharing.failed) == 1
+    assert trainer.sharing.failed[0].startswith("flex: NotImplementedError: FlexAttention does not support backward")
+    if backends == ("flex",):
+        assert trainer.sharing.state == f"flat: {trainer.sharing.failed[0]}"
+        assert trainer.sharing.error is None
+    else:
+        assert (trainer.sharing.state, trainer.sharing.backend) == ("tree", "tiles")
+        assert trainer.sharing.error <= EXACT
 
 
 def test_what_cannot_run_as_a_tree_says_why():

@@ -1,10 +1,12 @@
 """The token tree: a radix tree over exact ids, and attention over it that counts every pair once."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
 from espalier.trainer.batch import Row
+from espalier.trainer.tree import flex
 from espalier.trainer.tree.attention import Layout, attend
 from espalier.trainer.tree.core import grow
 from espalier.trainer.tree.kernels import Fused, Plain
@@ -13,6 +15,7 @@ from espalier.trainer.tree.tiles import MASKED, Tile, tiles, visible, windowed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_rows import branching_rows
+from torch.nn.attention.flex_attention import flex_attention
 
 ids = st.lists(st.integers(0, 3), min_size=2, max_size=12)
 
@@ -198,6 +201,75 @@ def test_the_plain_kernel_takes_queries_in_parts(monkeypatch):
         torch.autograd.grad(parts.sum(), (q, k, v)), torch.autograd.grad(dense.sum(), (q, k, v)), strict=True
     ):
         assert torch.allclose(a, b, atol=1e-11)
+
+
+@given(row_sets(), st.sampled_from([None, 1, 2, 5]), st.sampled_from([1, 2, 4, 128]))
+def test_flex_attention_skips_no_pair_that_counts_and_asks_about_all_others(rows, window, size):
+    tree = grow(rows)
+    n, mask = tree.unique, flex.blocks(tree, window, size)
+    seen = visible(tree, Tile(0, n, 0, n), window)
+    some, every = listed(mask.kv_num_blocks, mask.kv_indices), listed(mask.full_kv_num_blocks, mask.full_kv_indices)
+    assert not (some & every).any()
+    for query in range(n):
+        for key in range(n):
+            block = query // size, key // size
+            assert some[block] or every[block] or not seen[query, key]
+            assert seen[query, key] or not every[block]
+    every_pair = torch.arange(n)[:, None], torch.arange(n)[None]
+    assert torch.equal(mask.mask_mod(None, None, *every_pair), seen)
+    assert not every[-1].any() or n % size == 0, "the last block has queries that do not exist"
+    if window is None:
+        needed = {(query // size, key // size) for query, key in seen.nonzero().tolist()}
+        assert {(q, k) for q, k in (some | every).nonzero().tolist()} == needed, "and computes no other block"
+
+
+def listed(counts, indices):
+    """The table of blocks that a list of them means."""
+    found = torch.zeros(indices.shape[-2:], dtype=torch.bool)
+    for block, count in enumerate(counts[0, 0].tolist()):
+        found[block, indices[0, 0, block, :count].long()] = True
+    return found
+
+
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("counts", [(4, 4), (4, 2)])
+def test_flex_attention_equals_a_dense_mask(window, counts):
+    """On the CPU it has no backward pass."""
+    tree = grow(branching_rows(20, 7, longest=60))
+    assert tree.unique > flex.BLOCK
+    q, k, v = (t.detach() for t in heads(0, tree, *counts, torch.float32, size=16))
+    by_flex, dense = (attend(q, k, v, Layout(tree, 1, backend), window) for backend in ("flex", "dense"))
+    assert torch.allclose(by_flex, dense, atol=1e-6)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("g++") is None, reason="is compiled")
+def test_compiled_flex_attention_reads_the_blocks():
+    """Uncompiled, it asks about every pair."""
+    compiled = torch.compile(flex_attention, dynamic=True)
+    for count, window, longest in ((60, None, 60), (12, None, 900), (60, 9, 60), (12, 300, 900)):
+        tree = grow(branching_rows(count, 7, longest=longest))
+        q, k, v = (t.detach() for t in heads(0, tree, 4, 2, torch.float32, size=32))
+        mask = flex.blocks(tree, window)
+        assert (mask.full_kv_num_blocks.sum() > 0) == (longest == 900)
+        with torch.no_grad():
+            found = compiled(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
+        assert torch.allclose(found, attend(q, k, v, Layout(tree, 1, "dense"), window), atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's backward pass needs CUDA")
+@pytest.mark.parametrize("window", [None, 9])
+def test_gradients_on_cuda_equal_a_dense_mask(window):
+    tree = grow(branching_rows(60, 7, longest=60)).to(torch.device("cuda"))
+    q, k, v = (t.detach().cuda().requires_grad_() for t in heads(0, tree, 4, 2, torch.float32, size=16))
+    pull = torch.randn(1, tree.unique, 4, 16, device="cuda")
+    grads = {
+        backend: torch.autograd.grad(attend(q, k, v, Layout(tree, 4 * 4 * 16, backend), window), (q, k, v), pull)
+        for backend in ("dense", "tiles", "flex")
+    }
+    for backend in ("tiles", "flex"):
+        for found, want in zip(grads[backend], grads["dense"], strict=True):
+            assert float((found - want).abs().max() / want.abs().max()) <= 1e-5, backend
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

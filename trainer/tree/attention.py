@@ -14,7 +14,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
+from . import flex
 from .core import TokenTree
 from .kernels import Kernel, Pairs, kernel_for, wide
 from .tiles import Tile, tiles, visible, windowed
@@ -22,7 +24,8 @@ from .tiles import Tile, tiles, visible, windowed
 CALL_OPERATIONS = {"cpu": 2e6}
 """Floating-point operations in the time that a call costs beside its work, by kind of device."""
 
-Backend = Literal["tiles", "dense"]
+Backend = Literal["tiles", "flex", "dense"]
+"""By tiles, by FlexAttention, or with the mask of all pairs."""
 
 
 @dataclass(eq=False)
@@ -37,6 +40,7 @@ class Layout:
     backend: Backend = "tiles"
     _tiles: dict[int | None, tuple[Tile, ...]] = field(default_factory=dict)
     _masks: dict[tuple[Tile, torch.dtype], Tensor] = field(default_factory=dict)
+    _blocks: dict[int | None, BlockMask] = field(default_factory=dict)
     _depth: int = 0
 
     def __post_init__(self) -> None:
@@ -49,6 +53,12 @@ class Layout:
             found = tiles(self.tree, call)
             self._tiles[window] = found if window is None else windowed(found, self.tree.positions.cpu(), window)
         return self._tiles[window]
+
+    def blocks(self, window: int | None) -> BlockMask:
+        """The same for FlexAttention."""
+        if window not in self._blocks:
+            self._blocks[window] = flex.blocks(self.tree, window)
+        return self._blocks[window]
 
     def window(self, asked: int | None) -> int | None:
         """A layer's sliding window, None where no path is longer."""
@@ -170,6 +180,8 @@ def attend(
         return torch.nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=seen[None, None], scale=scale, enable_gqa=q.size(1) != k.size(1)
         ).transpose(1, 2)
+    if layout.backend == "flex":
+        return flex.attend(q, k, v, layout.blocks(window), scale)
     made: Tensor = _TreeAttention.apply(  # type: ignore[no-untyped-call]
         q, k, v, layout, window, scale, kernel or kernel_for(q.device)
     )

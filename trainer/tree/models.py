@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .attention import Layout, attend
+from .attention import Backend, Layout, attend
 from .core import TokenTree
 
 NAME = "espalier_tree"
@@ -58,12 +58,12 @@ def _rope_types(config: PreTrainedConfig) -> list[str]:
     return [str(rope.get("rope_type")) for rope in (found, *found.values()) if isinstance(rope, Mapping)]
 
 
-def lay_out(tree: TokenTree, config: PreTrainedConfig) -> Layout:
+def lay_out(tree: TokenTree, config: PreTrainedConfig, backend: Backend = "tiles") -> Layout:
     """A tree for the attention of a model."""
     text = config.get_text_config()
     heads = int(text.num_attention_heads)
     size = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
-    return Layout(tree, 4 * heads * size)
+    return Layout(tree, 4 * heads * size, backend)
 
 
 def no_mask(device: torch.device) -> torch.Tensor:

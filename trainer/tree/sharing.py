@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ...configs.schema import RunConfig
 from ..batch import Row
 from ..parallel import gathered, world
-from .attention import Layout
+from .attention import Backend, Layout
 from .core import TokenTree, grow
 from .models import disable, enable, lay_out, why_flat
 from .packing import cut, telling, unique_tokens
@@ -38,14 +38,18 @@ LIMIT_16_BIT = 5e-2
 CHECKED_ROWS = 4
 """Rows that are compared, beside the longest."""
 
+BACKENDS: dict[str, tuple[Backend, ...]] = {"cuda": ("flex", "tiles")}
+"""Ways to compute attention over a tree that are compared, by kind of device: the first that passes is used."""
+
 Gradient = Callable[[Sequence[Row], bool], torch.Tensor]
 """Rows, and whether they run as a tree: the adapter's gradient of what is predicted, weighted by `logprobs`."""
 
 
 class Sharing:
-    """Decides for a trainer. `reason` is None where trees are used; `compared` says whether the comparison was made,
-    `error` what it found: the largest difference of the two gradients over the largest gradient, None where the tree's
-    could not be computed; `refused`, whether trees were asked for and cannot be.
+    """Decides for a trainer. `reason` is None where trees are used, `refused`, whether they were asked for and cannot
+    be. `compared` says whether the comparison was made, `error` what it found: the largest difference of the two
+    gradients over the largest gradient, None where the tree's could not be computed; `failed` says which ways to
+    compute attention were tried before `backend`, and why they are not taken.
     """
 
     def __init__(self, model: PeftModel, config: RunConfig, aux_loss: bool) -> None:
@@ -55,6 +59,9 @@ class Sharing:
         self.limit = LIMITS.get(getattr(torch, config.policy.dtype), LIMIT_16_BIT)
         self.reason = self._not_asked(config) or why_flat(self._model, aux_loss=aux_loss)
         self.refused = self.reason is not None and config.trainer.shared_prefix == "tree"
+        self._backends = BACKENDS.get(next(self._model.parameters()).device.type, ("tiles",))
+        self.backend: Backend = self._backends[0]
+        self.failed: list[str] = []
         self.compared = False
         self._ratio = WORTH
         if self.reason is None:
@@ -98,20 +105,29 @@ class Sharing:
 
     def _compare(self, rows: Sequence[Row], gradient: Gradient) -> None:
         few = weighed(telling(rows, CHECKED_ROWS))
+        self.compared = True
+        for backend in self._backends:
+            self.backend = backend
+            said = self._why_not(few, gradient)
+            everywhere = gathered(said) if world() > 1 else [said]
+            wrong = next((what for what in everywhere if what is not None), None)
+            if wrong is None:
+                return
+            self.failed.append(f"{backend}: {wrong}")
+        self.reason = "; ".join(self.failed)
+        disable(self._model)
+
+    def _why_not(self, rows: Sequence[Row], gradient: Gradient) -> str | None:
+        """What is wrong with the tree's gradient, or with making it; None: nothing."""
+        self.error = None
         try:
-            flat, tree = gradient(few, False), gradient(few, True)
-            largest = float(flat.abs().max())
-            self.error = float((tree - flat).abs().max()) / largest if largest else float((tree - flat).abs().max())
-            said = None if self.error <= self.limit else f"its gradient is off by {self.error:.1e} of the largest"
+            flat, tree = gradient(rows, False), gradient(rows, True)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever a model does not bear: the flat path is always right
-            said = f"{type(error).__name__}: {error}"
-        everywhere = gathered(said) if world() > 1 else [said]
-        self.compared = True
-        self.reason = next((what for what in everywhere if what is not None), None)
-        if self.reason is not None:
-            disable(self._model)
+        except Exception as error:  # whatever a model or a machine does not bear: the flat path is always right
+            return f"{type(error).__name__}: {error}"
+        self.error = float((tree - flat).abs().max()) / (float(flat.abs().max()) or 1.0)
+        return None if self.error <= self.limit else f"its gradient is off by {self.error:.1e} of the largest"
 
     def tree(self, rows: Sequence[Row], device: torch.device) -> TokenTree:
         """The tree of a micro-batch."""
@@ -119,7 +135,7 @@ class Sharing:
 
     def layout(self, tree: TokenTree) -> Layout:
         """A tree for one forward pass and its backward pass."""
-        return lay_out(tree, self._model.config)
+        return lay_out(tree, self._model.config, self.backend)
 
 
 def _tokens(rows: Iterable[Row]) -> int:
