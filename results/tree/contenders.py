@@ -118,7 +118,7 @@ class Contenders:
         config = RunConfig.model_validate(
             {
                 "policy": {"device": device, "lora": {"rank": RANK, "alpha": 2 * RANK}},
-                "trainer": {"off_policy_correction": "none"},
+                "trainer": {"off_policy_correction": "none", "shared_prefix": "tree"},
             }
         )
         torch.manual_seed(0)
