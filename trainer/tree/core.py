@@ -96,8 +96,8 @@ def grow(rows: Sequence[Row], share: bool = True) -> TokenTree:
 
     before: list[Ids] = [path[_trained(row) - 1] for row, path in zip(rows, paths, strict=True)]
     after: list[Ids] = [np.asarray(row.tokens, np.int64)[_trained(row)] for row in rows]
-    pairs = np.stack([np.concatenate([*before, []]), np.concatenate([*after, []])]).astype(np.int64)
-    pairs, expand = np.unique(pairs, axis=1, return_inverse=True)
+    every = np.stack([np.concatenate(before), np.concatenate(after)])
+    pairs, expand = np.unique(every, axis=1, return_inverse=True)
     return TokenTree(
         _tensor(tokens[:size]),
         _tensor(positions[:size]),

@@ -28,7 +28,7 @@ def why_flat(model: PreTrainedModel, aux_loss: bool = False) -> str | None:
     config = model.config.get_text_config()
     kinds = sorted(set(_layer_types(config)) - {"full_attention", "sliding_attention"})
     if kinds:
-        return f"it has {kinds[0]} layers, whose state would have to fork where rows part"
+        return f"it has {kinds[0]} layers, and trees have full and sliding attention"
     if config._attn_implementation not in ("sdpa", NAME):
         return f'attention is "{config._attn_implementation}", and trees are built on "sdpa"'
     if not getattr(model, "_supports_attention_backend", False):
