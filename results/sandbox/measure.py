@@ -24,7 +24,7 @@ from typing import Any
 
 import _bench
 from espalier.envs.coding.families import generate
-from espalier.envs.coding.testing import PRELOAD, run_visible
+from espalier.envs.coding.testing import preload, run_visible
 from espalier.envs.sandbox import Box, BoxSnapshot, Limits, SnapshotIncomplete
 
 FILES, FOLDERS = 10_000, 100
@@ -231,7 +231,7 @@ def search(nodes: int) -> dict[str, float]:
         module = next(name for name in task.files if not name.startswith("test_"))
         rng = random.Random(task.id)
         with Box(limits=LIMITS) as box:
-            box.python(PRELOAD)
+            preload(box)
             for name, text in task.files.items():
                 box.write_file(name, text.encode())
             kept = [box.snapshot()]
