@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -186,8 +187,8 @@ class OperationGraph:
         return edge
 
     def visited(self, space: Space, trail: list[tuple[Key, Key]], reward: float) -> None:
-        """An episode has ended that went through these edges."""
-        if self.store is not None:
+        """An episode has ended that went through these edges; one without a verdict tells nothing of them."""
+        if self.store is not None and math.isfinite(reward):
             for node, op in trail:
                 self.store.add_visit(space.row.id, node, op, reward)
 

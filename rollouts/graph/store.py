@@ -14,6 +14,7 @@ import threading
 import time
 import zlib
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -301,11 +302,9 @@ class GraphStore:
                 batches += 1
                 if batches % CHECK_EVERY == 1:
                     self._shrink(database)
-            except sqlite3.Error as error:
+            except Exception as error:  # whatever it is, the cache is what is done without
                 self._say(f"nothing more is stored: {error}")
-                with self._wake:
-                    self._waiting.clear()
-                if database.in_transaction:
+                with suppress(sqlite3.Error):
                     database.execute("ROLLBACK")
         database.close()
 

@@ -192,6 +192,31 @@ async def test_a_disk_that_takes_nothing_more_stops_no_episode(tmp_path):
     assert found == first and "no such table" in graph.store.trouble
 
 
+async def test_an_episode_without_a_verdict_does_not_end_what_is_stored(tmp_path):
+    """Its reward is NaN, which is nothing that can be summed up."""
+
+    class Here(machine.Machine):
+        def step(self, action):
+            observation, reward, over, cut, info = super().step(action)
+            return observation, float("nan") if over else reward, over, cut, info
+
+    path = tmp_path / "g.sqlite"
+    await episodes(path, kind=Here)
+    _, graph = await episodes(path, kind=Here)
+    assert not graph.store.trouble and graph.counts.executed == 0
+    assert database(path, "SELECT sum(count) FROM visits") == [(None,)]
+
+
+@pytest.mark.parametrize("row", [{"task": "\udcff"}, {"seed": 2**70}])
+def test_what_sqlite_cannot_hold_ends_no_writer_in_silence(tmp_path, row):
+    store = GraphStore(tmp_path / "g.sqlite")
+    store.put_space(SpaceRow(**{"id": b"s", "env": "env", "task": "task", "seed": 0, **row}))
+    store.flush()
+    assert "nothing more is stored" in store.trouble and store._writer.is_alive()
+    store.close()
+    assert not store._writer.is_alive()
+
+
 async def test_a_worker_that_dies_costs_nobody_what_is_known():
     """Environments in processes: those that stood there, and what was kept of states, are replaced."""
     from espalier.configs.schema import EnvSection
