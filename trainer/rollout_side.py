@@ -103,8 +103,8 @@ class RolloutSide:
         now = replace(graph.counts)
         told: dict[str, Any] = now.since(self._counted)
         self._counted = now
-        if graph.notes:
-            told["notes"], graph.notes[:] = list(graph.notes), []
+        if notes := graph.told():
+            told["notes"] = notes
         if graph.store is not None:
             told["corrupted"], told["left_out"] = graph.store.corrupted, graph.store.left_out
         return {"graph": told}

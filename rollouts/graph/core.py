@@ -27,6 +27,7 @@ from .store import EdgeRow, GraphStore, SpaceRow
 
 EDGE_BYTES = 600
 """What an edge counts for in memory, beside its body."""
+MOST_NOTES = 100
 
 
 @dataclass(slots=True)
@@ -94,6 +95,7 @@ class OperationGraph:
         self._bytes = 0
         self._edge_bytes = 0
         self._unloaded: set[Key] = set()
+        self._trouble_said = False
 
     @property
     def held_bytes(self) -> int:
@@ -214,9 +216,18 @@ class OperationGraph:
             self.store.put_space(space.row)
 
     def say(self, note: str) -> None:
-        """Note something that a person should know; the last hundred are kept."""
+        """Note something that a person should know; the last `MOST_NOTES` are kept."""
         self.notes.append(note)
-        del self.notes[:-100]
+        del self.notes[:-MOST_NOTES]
+
+    def told(self) -> list[str]:
+        """What a person should know, since this was last asked; from whichever thread."""
+        if self.store is not None and self.store.trouble and not self._trouble_said:
+            self._trouble_said = True
+            self.say(self.store.trouble)
+        found = list(self.notes)
+        del self.notes[: len(found)]
+        return found
 
     # memory
 

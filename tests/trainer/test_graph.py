@@ -4,14 +4,18 @@ Promise 5 with the embedded sampler: whole trajectories, token ids and log-proba
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from espalier.configs.load import load
+from espalier.rollouts.graph.core import GraphCounts
 from espalier.rollouts.graph.pool import GraphPool
+from espalier.rollouts.graph.store import SpaceRow
 from espalier.rollouts.runner import GroupSpec
 from espalier.rollouts.samplers.base import SamplingParams
 from espalier.trainer import tasks as tasklists
 from espalier.trainer.policy import PolicyStore, resolve_base
+from espalier.trainer.rollout_side import RolloutSide
 from espalier.trainer.sampling import make_pool, make_runner, make_sampler
 
 
@@ -82,3 +86,18 @@ async def test_trajectories_and_draws_of_the_embedded_sampler_do_not_depend_on_t
     assert counts.hits + counts.coalesced > counts.executed and counts.mismatches == 0 and counts.live_most <= 3
     keys = [key for _, key, *_ in asked]
     assert len(set(keys)) == len(keys), "every turn draws by a key of its own"
+
+
+async def test_a_row_of_metrics_says_once_what_is_wrong_with_the_file(tmp_path):
+    config = load("spreadsheet-tiny", ["--out", str(tmp_path), "--env.task_count", "8"])
+    (tmp_path / config.name).mkdir()
+    pool = make_pool(config, tasklists.load(config.env, "train", 0, 8))
+    side = SimpleNamespace(_graph=pool, _counted=GraphCounts())
+    assert "notes" not in RolloutSide.graph_figures(side)["graph"]
+    pool.graph.store.put_space(SpaceRow(b"s", "env", "task", 2**70))
+    pool.graph.store.flush()
+    pool.graph.say("another")
+    (other, trouble) = RolloutSide.graph_figures(side)["graph"]["notes"]
+    assert other == "another" and "nothing more is stored" in trouble
+    assert "notes" not in RolloutSide.graph_figures(side)["graph"]
+    await pool.close()
