@@ -168,6 +168,7 @@ def _with_graph(config: RunConfig, recipe: EnvRecipe, pool: StatePool) -> GraphP
         live=section.live,
         verify_share=section.verify_share,
         kept_bytes=section.kept_mb << 20,
+        patience_s=config.episode.max_seconds,
     )
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
+from ...envs.core import EnvFailure
 from .core import GraphCounts, Space
 from .operation import Key
 from .statepool import StatePool
@@ -74,6 +75,7 @@ class LiveEnvs:
         self._numbers = count()
         self._freed = asyncio.Event()
         self._keeping: dict[Key, float] = {}
+        self._closed = False
 
     @property
     def kept_bytes(self) -> int:
@@ -118,18 +120,25 @@ class LiveEnvs:
 
     async def _place(self) -> None:
         while self._counts.live >= self._limit():
+            self._refuse_when_closed()
             victim = self._victim()
             if victim is not None:
                 self._parked.pop(victim)
                 self.give(victim)
             else:
                 await self.freed()
+        self._refuse_when_closed()
         self._count(+1)
 
     async def freed(self) -> None:
-        """Wait until an environment is parked or gone."""
+        """Wait until an environment is parked or gone; for how long, its caller decides."""
+        self._refuse_when_closed()
         self._freed.clear()
         await self._freed.wait()
+
+    def _refuse_when_closed(self) -> None:
+        if self._closed:
+            raise EnvFailure("pool_closed", "the environments have been closed")
 
     def _victim(self) -> Live | None:
         """Who is needed least: of a task that nobody works on, then the one parked for longest, anchors last."""
@@ -145,6 +154,9 @@ class LiveEnvs:
         self._park(live)
 
     def _park(self, live: Live) -> None:
+        if self._closed:
+            self.give(live)
+            return
         self._parked[live] = None
         self._freed.set()
         self.trim()
@@ -173,10 +185,11 @@ class LiveEnvs:
             for place in self._bound.pop(live.family, set()):
                 self._forget(place)
         self._count(-1)
-        self._freed.set()
 
     def _count(self, more: int) -> None:
         self._counts.live += more
+        if more < 0:
+            self._freed.set()
         self._counts.live_most = max(self._counts.live_most, self._counts.live)
 
     def standing(self, space: Space, node: Key) -> Live | None:
@@ -221,7 +234,9 @@ class LiveEnvs:
         return live
 
     def close(self) -> None:
-        """Give back what is parked."""
+        """Give back what is parked; who waits for an environment is told."""
+        self._closed = True
+        self._freed.set()
         for live in list(self._parked):
             self._parked.pop(live)
             self.give(live)

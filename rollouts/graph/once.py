@@ -39,10 +39,13 @@ class Once:
     def __len__(self) -> int:
         return len(self._flights)
 
-    def cancel(self) -> None:
-        """End what is under way; whoever waits is told that the environments were closed."""
-        for flight in self._flights.values():
-            flight.task.cancel()
+    async def close(self, seconds: float) -> None:
+        """End what is under way, within `seconds`; whoever waits is told that the environments were closed."""
+        tasks = [flight.task for flight in self._flights.values()]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=seconds)
 
     async def do(self, name: Hashable, tries: int, work: Callable[[], Awaitable[T]]) -> tuple[bool, T | None]:
         """Whether this call led, and what `work` gave to whoever led; None when it failed him and this call followed.

@@ -5,14 +5,16 @@ comes first, while those who come meanwhile wait for it; if that fails, one of t
 each for itself, so that everyone gets the failure of an environment that was asked for him. What may not be shared is
 carried out in an environment of the episode's own, from there to its end. Failures, time-outs and what has no verdict
 are never kept. An environment that is brought to a state is checked on its way: what it says must be what the graph
-says. The sampler is not known here.
+says. Who waits, for an environment or for who carries an operation out, waits `patience_s` at most. The sampler is not
+known here.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,7 +30,8 @@ from .statepool import StatePool
 
 MOST_CHECKS = 256
 """Ended episodes that wait to be checked; beyond that they are not."""
-CLOSE_SECONDS = 60.0
+CLOSE_SECONDS = 15.0
+"""For the checks that are still due, and to end what is under way."""
 
 
 @dataclass(slots=True, eq=False)
@@ -54,7 +57,8 @@ class _Done:
 class GraphPool:
     """See the module. `identity`: everything about the environment beside the task (see `identity`); `live`: most
     environments at once (0: one for each episode); `verify_share`: of the episodes whose every operation is carried out
-    again when they have ended; `kept_bytes`: of kept states.
+    again when they have ended; `kept_bytes`: of kept states; `patience_s`: most seconds until an operation that may be
+    shared is answered, with all that is waited for and done again for it.
     """
 
     def __init__(
@@ -67,11 +71,12 @@ class GraphPool:
         live: int = 0,
         verify_share: float = 0.01,
         kept_bytes: int = 256 << 20,
+        patience_s: float = 1800.0,
     ) -> None:
         self.pool, self.graph = pool, graph
         self.counts = graph.counts
         self._env_id, self._identity = env_id, identity
-        self._most_live, self._verify_share = live, verify_share
+        self._most_live, self._verify_share, self._patience = live, verify_share, patience_s
         self._walkers = 0
         self.lives = LiveEnvs(pool, graph.counts, self._limit, kept_bytes)
         self._reach = Reach(pool, graph, self.lives)
@@ -95,6 +100,10 @@ class GraphPool:
 
     async def reset(self, handle: Walker, seed: int, options: dict[str, Any]) -> Opening:
         """See `EnvPool`."""
+        async with self._in_time():
+            return await self._reset(handle, seed, options)
+
+    async def _reset(self, handle: Walker, seed: int, options: dict[str, Any]) -> Opening:
         self.counts.requested += 1
         task = options.get("task")
         space = None
@@ -124,15 +133,16 @@ class GraphPool:
         """See `EnvPool`."""
         self.counts.requested += 1
         with self._counting_failure():
-            result = await self._step(handle, action)
+            if handle.live is not None:
+                result = await self.pool.step(handle.live.handle, action)
+                self.counts.bypassed += 1
+            else:
+                async with self._in_time():
+                    result = await self._step(handle, action)
         handle.reward += result[1]
         return result
 
     async def _step(self, handle: Walker, action: Action) -> StepResult:
-        if handle.live is not None:
-            result = await self.pool.step(handle.live.handle, action)
-            self.counts.bypassed += 1
-            return result
         place = handle.place
         if place is None:
             raise RuntimeError("call reset() before step()")
@@ -199,15 +209,29 @@ class GraphPool:
         if self._closed:
             return
         self._closed = True
+        until = time.monotonic() + CLOSE_SECONDS
         if self._checks:
             await asyncio.wait(self._checks, timeout=CLOSE_SECONDS)
-        self._once.cancel()
+        if self._checks:
+            self.graph.say(f"{len(self._checks)} episodes had not been checked when the environments were closed")
         for task in self._checks:
             task.cancel()
+        await self._once.close(max(1.0, until - time.monotonic()))
         await asyncio.gather(*self._checks, return_exceptions=True)
         self.lives.close()
         await self.pool.close()
         await asyncio.to_thread(self.graph.close)
+
+    @asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        limit = asyncio.timeout(self._patience)
+        try:
+            async with limit:
+                yield
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise TimeoutError(f"no environment could answer within {self._patience:g} s") from None
 
     @contextmanager
     def _counting_failure(self) -> Iterator[None]:
@@ -283,7 +307,7 @@ class GraphPool:
     async def _check(self, place: Place) -> None:
         """Carry out everything that an episode went through, in a fresh environment. What fails says nothing."""
         try:
-            async with self._checking:
+            async with self._in_time(), self._checking:
                 if place.name == place.space.name:
                     self.lives.give(await self._reach.from_start(place, check=True))
         except (EnvFailure, EnvRaised, TimeoutError):

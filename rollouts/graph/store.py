@@ -24,7 +24,7 @@ SCHEMA = "1"
 BUSY_SECONDS = 10.0
 _OF_SPACES = ("edges", "operations", "bodies", "visits")
 BATCH_SECONDS = 0.05
-FLUSH_SECONDS = 60.0
+FLUSH_SECONDS = 15.0
 MOST_PENDING = 100_000
 """Records that wait for the writer; beyond that they are left out."""
 MOST_BODY = 64 << 20

@@ -284,6 +284,69 @@ async def test_whoever_is_cancelled_the_others_get_their_answer(who):
     assert counts.live == 0
 
 
+async def test_a_place_that_no_environment_took_is_the_next_ones():
+    class Here(machine.Machine):
+        made: ClassVar = []
+
+        def __init__(self):
+            import time
+
+            time.sleep(0.05)
+            self.made.append(self)
+            if len(self.made) == 1:
+                raise EnvFailure("no_room", "x")
+            super().__init__()
+
+    pool = graph_pool(Here, live=1)
+    episodes = (play(pool, [[("look", {})]], task=machine.task(world)) for world in "ab")
+    async with asyncio.timeout(30):
+        failed, played = await asyncio.gather(*episodes, return_exceptions=True)
+    assert isinstance(failed, EnvFailure) and failed.kind == "no_room" and len(played) == 3
+    await pool.close()
+
+
+@pytest.mark.parametrize("kind", [machine.Risky, machine.Machine])
+async def test_who_waits_for_an_environment_waits_no_longer_than_its_patience(kind):
+    """Promise 9: the only environment is an episode's own, to that episode's end."""
+
+    class Here(kind):
+        toolset = machine.RISKY
+
+    pool = graph_pool(Here, live=1, patience_s=0.2)
+    handle = await pool.take("t")
+    await pool.reset(handle, 7, {"task": machine.task()})
+    await pool.step(handle, act(("now", {})))
+    async with asyncio.timeout(30):
+        for task, plan in ((machine.task("other"), []), (machine.task(), [[("look", {})]])):
+            with pytest.raises(TimeoutError, match="0.2 s"):
+                await play(pool, plan, task=task)
+    assert not len(pool._once) and pool.counts.failed == 2 and pool.counts.live == 1
+    assert (await pool.step(handle, act(("now", {}))))[0].messages[0]["content"] == "2"
+    pool.give(handle)
+    assert await play(pool, [[("look", {})]])
+    await pool.close()
+
+
+async def test_who_waits_for_an_environment_is_told_when_they_are_closed():
+    pool = graph_pool(machine.Risky, live=1)
+    handle = await pool.take("t")
+    await pool.reset(handle, 7, {"task": machine.task()})
+    await pool.step(handle, act(("now", {})))
+    # one starts a task, one goes on in it, one starts what cannot be shared
+    waiting = [play(pool, [], task=machine.task("other")), play(pool, [[("look", {})]])]
+    other = await pool.take("t")
+    waiting.append(pool.reset(other, 7, {"task": machine.task(), "object": object()}))
+    tasks = [asyncio.create_task(one) for one in waiting]
+    await asyncio.sleep(0.05)
+    await pool.close()
+    async with asyncio.timeout(30):
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [getattr(one, "kind", one) for one in found] == ["pool_closed"] * 3
+    pool.give(handle)
+    pool.drop(other)
+    assert pool.counts.live == 0
+
+
 async def test_many_episodes_with_failures_and_cancellations_leave_nothing_behind():
     class Here(machine.Bound):
         def fault(self, action):
@@ -347,7 +410,8 @@ async def test_without_verification_such_a_tool_is_met_where_its_answer_must_com
     pool = graph_pool(machine.Fickle)
     await play(pool, [[("look", {})], [("move", {"by": 1})]])
     await play(pool, [[("look", {})], [("move", {"by": 2})]], task=machine.task("other"))
-    pool.lives.close()
+    for live in list(pool.lives._parked):
+        pool.lives.drop(live)
     with pytest.raises(EnvFailure) as failure:
         await play(pool, [[("look", {})], [("move", {"by": 2})]])
     assert failure.value.kind == NOT_REPRODUCIBLE and pool.counts.mismatches == 1
