@@ -8,11 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 from espalier.configs.load import load
+from espalier.rollouts import envprocess
+from espalier.rollouts.graph import pool, store
 from espalier.rollouts.graph.core import GraphCounts
 from espalier.rollouts.graph.pool import GraphPool
 from espalier.rollouts.graph.store import SpaceRow
 from espalier.rollouts.runner import GroupSpec
 from espalier.rollouts.samplers.base import SamplingParams
+from espalier.trainer import rollout_side
 from espalier.trainer import tasks as tasklists
 from espalier.trainer.policy import PolicyStore, resolve_base
 from espalier.trainer.rollout_side import RolloutSide
@@ -47,17 +50,17 @@ def timeless(groups):
 
 
 async def episodes(config, tasks, version, base):
-    sampler, pool = Listened(make_sampler(config, base)), make_pool(config, tasks)
-    runner = make_runner(config, base, sampler, pool)
+    sampler, envs = Listened(make_sampler(config, base)), make_pool(config, tasks)
+    runner = make_runner(config, base, sampler, envs)
     await sampler.publish(version)
     specs = [GroupSpec(f"g{n}", task, 6) for n, task in enumerate(tasks)]
     groups = await runner.run_groups(specs, SamplingParams(), 0)
-    if isinstance(pool, GraphPool):
-        await pool.settled()
+    if isinstance(envs, GraphPool):
+        await envs.settled()
     await runner.close()
     await sampler.close()
     asked = sorted((r.session, r.key, r.prompt, r.max_tokens, r.stop) for r in sampler.requests)
-    return timeless(groups), asked, pool
+    return timeless(groups), asked, envs
 
 
 @pytest.mark.parametrize("processes", [0, 1])
@@ -79,10 +82,10 @@ async def test_trajectories_and_draws_of_the_embedded_sampler_do_not_depend_on_t
     version = PolicyStore(tmp_path / "policies", base).base_version
     tasks = tasklists.load(on.env, "train", 0, 8)[:2]
     without, asked_without, _ = await episodes(off, tasks, version, base)
-    with_graph, asked, pool = await episodes(on, tasks, version, base)
+    with_graph, asked, envs = await episodes(on, tasks, version, base)
     assert with_graph == without and asked == asked_without
     assert sum(len(group.trajectories) for group in without) == 12
-    counts = pool.counts
+    counts = envs.counts
     assert counts.hits + counts.coalesced > counts.executed and counts.mismatches == 0 and counts.live_most <= 3
     keys = [key for _, key, *_ in asked]
     assert len(set(keys)) == len(keys), "every turn draws by a key of its own"
@@ -91,13 +94,19 @@ async def test_trajectories_and_draws_of_the_embedded_sampler_do_not_depend_on_t
 async def test_a_row_of_metrics_says_once_what_is_wrong_with_the_file(tmp_path):
     config = load("spreadsheet-tiny", ["--out", str(tmp_path), "--env.task_count", "8"])
     (tmp_path / config.name).mkdir()
-    pool = make_pool(config, tasklists.load(config.env, "train", 0, 8))
-    side = SimpleNamespace(_graph=pool, _counted=GraphCounts())
+    made = make_pool(config, tasklists.load(config.env, "train", 0, 8))
+    side = SimpleNamespace(_graph=made, _counted=GraphCounts())
     assert "notes" not in RolloutSide.graph_figures(side)["graph"]
-    pool.graph.store.put_space(SpaceRow(b"s", "env", "task", 2**70))
-    pool.graph.store.flush()
-    pool.graph.say("another")
+    made.graph.store.put_space(SpaceRow(b"s", "env", "task", 2**70))
+    made.graph.store.flush()
+    made.graph.say("another")
     (other, trouble) = RolloutSide.graph_figures(side)["graph"]["notes"]
     assert other == "another" and "nothing more is stored" in trouble
     assert "notes" not in RolloutSide.graph_figures(side)["graph"]
-    await pool.close()
+    await made.close()
+
+
+def test_the_graph_is_closed_within_the_time_that_a_run_gives_it():
+    """A check that hangs, and a file that another process holds, must not fail a run that has trained to its end."""
+    workers = 2 * envprocess.CLOSE_SECONDS + envprocess.LAST_WORDS_SECONDS
+    assert pool.CLOSE_SECONDS + workers + store.FLUSH_SECONDS < rollout_side.SLACK_SECONDS

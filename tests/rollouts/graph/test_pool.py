@@ -318,7 +318,7 @@ async def test_who_waits_for_an_environment_waits_no_longer_than_its_patience(ki
     await pool.step(handle, act(("now", {})))
     async with asyncio.timeout(30):
         for task, plan in ((machine.task("other"), []), (machine.task(), [[("look", {})]])):
-            with pytest.raises(TimeoutError, match="0.2 s"):
+            with pytest.raises(TimeoutError, match=r"0\.2 s"):
                 await play(pool, plan, task=task)
     assert not len(pool._once) and pool.counts.failed == 2 and pool.counts.live == 1
     assert (await pool.step(handle, act(("now", {}))))[0].messages[0]["content"] == "2"
@@ -345,6 +345,25 @@ async def test_who_waits_for_an_environment_is_told_when_they_are_closed():
     pool.give(handle)
     pool.drop(other)
     assert pool.counts.live == 0
+
+
+async def test_checks_that_do_not_end_hold_up_no_close_and_are_said(monkeypatch):
+    class Here(machine.Machine):
+        slow: ClassVar = []
+
+        def fault(self, action):
+            if self.slow:
+                import time
+
+                time.sleep(0.5)
+
+    monkeypatch.setattr("espalier.rollouts.graph.pool.CLOSE_SECONDS", 0.05)
+    pool = graph_pool(Here, verify_share=1.0)
+    await play(pool, [[("look", {})]])
+    Here.slow.append(True)
+    await pool.close()
+    assert pool.graph.told() == ["1 episodes had not been checked when the environments were closed"]
+    assert pool.counts.live == 0 and pool.counts.verified < 3
 
 
 async def test_many_episodes_with_failures_and_cancellations_leave_nothing_behind():
