@@ -28,6 +28,8 @@ from .store import EdgeRow, GraphStore, SpaceRow
 EDGE_BYTES = 600
 """What an edge counts for in memory, beside its body."""
 MOST_NOTES = 100
+EVERYTHING = "*"
+"""In `SpaceRow.demoted`: nothing of the task is shared, not even its start."""
 
 
 @dataclass(slots=True)
@@ -134,8 +136,10 @@ class OperationGraph:
         made.edges = {(edge.node, edge.op): edge for edge in edges}
         return made
 
-    def begun(self, space: Space, opening: Opening, traits: Traits, digest: str | None, seconds: float) -> None:
-        """A task was started: what every later start of it gives."""
+    def begun(self, space: Space, opening: Opening, traits: Traits, digest: str | None, seconds: float) -> bytes:
+        """A task was started: what every later start of it gives, as it is kept. Raises `ValueError` for what cannot
+        be.
+        """
         body, essence = opening_body(opening)
         self._keep_body(space, body)
         by_digest = digest is not None and not space.row.demoted
@@ -147,16 +151,14 @@ class OperationGraph:
         space.row = replace(space.row, root=space.node(b"", key("reset"), digest))
         if self.store is not None:
             self.store.put_space(space.row)
+        return body
 
     def opening(self, space: Space) -> Opening | None:
         """What a start gives; None when it is not known."""
         if space.row.root is None or space.row.opening is None:
             return None
         body = self.body(space.row.opening)
-        if body is None:
-            return None
-        messages, info, tools = json.loads(body)
-        return observed(messages, None), info, tools
+        return opening_of(body) if body is not None else None
 
     # edges
 
@@ -193,6 +195,10 @@ class OperationGraph:
         if self.store is not None and math.isfinite(reward):
             for node, op in trail:
                 self.store.add_visit(space.row.id, node, op, reward)
+
+    def unshared(self, space: Space) -> None:
+        """Nothing of the namespace can be shared, as long as it is in memory."""
+        space.row = replace(space.row, demoted=(EVERYTHING,))
 
     def distrust(self, space: Space, tools: tuple[str, ...], why: str) -> None:
         """Something in the namespace was not as it was kept: the tools are never shared again in it, states are named
@@ -291,11 +297,23 @@ def _traits(text: str) -> Traits:
 
 
 def opening_body(opening: Opening) -> tuple[bytes, bytes]:
-    """A start as bytes, and the digest of what must come again (its messages and tools)."""
+    """A start as bytes, and the digest of what must come again (its messages and tools). Raises `ValueError`."""
     observation, info, tools = opening
-    body = json.dumps([list(observation.messages), dict(info), tools], separators=(",", ":")).encode()
-    core = json.dumps([list(observation.messages), tools], separators=(",", ":")).encode()
+    messages = list(observation.messages)
+    try:
+        body = json.dumps([messages, dict(info), tools], separators=(",", ":")).encode()
+        core = json.dumps([messages, tools], separators=(",", ":")).encode()
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"this start cannot be written down: {error}") from error
+    if json.loads(core) != [messages, tools]:
+        raise ValueError("this start is another one after it was written down")
     return body, _digest(core)
+
+
+def opening_of(body: bytes) -> Opening:
+    """The start again, its caller's own."""
+    messages, info, tools = json.loads(body)
+    return observed(messages, None), info, tools
 
 
 def _digest(body: bytes) -> bytes:

@@ -15,18 +15,19 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from ...envs.core import Action, EnvFailure, Task
 from ..envpool import EnvRaised, Opening, StepResult
-from .core import OperationGraph
+from .core import EVERYTHING, OperationGraph, opening_of
 from .live import Live, LiveEnvs
 from .once import ALONE, Once
 from .operation import Operation, observed, operation, outcome, result_of
-from .reach import EVERYTHING, Place, Reach, Step
+from .reach import Place, Reach, Step
 from .statepool import StatePool
+from .states import Came
 
 MOST_CHECKS = 256
 """Ended episodes that wait to be checked; beyond that they are not."""
@@ -112,21 +113,27 @@ class GraphPool:
         if space is None or EVERYTHING in space.row.demoted:
             return await self._reset_alone(handle, seed, options)
         space.active += 1
-        handle.place = place = Place(space, space.name, handle.task, seed, options, b"")
         tries = 0
         while True:
+            place = handle.place = Place(space, space.name, handle.task, seed, options, b"")
             opening = self.graph.opening(space)
-            if opening is not None and space.row.root is not None:
+            if opening is not None:
                 self.counts.hits += 1
                 break
             with self._counting_failure():
-                led, opening = await self._once.do((space.name, b"", b""), tries, partial(self._start, place))
-            if opening is not None and space.row.root is not None:
+                led, body = await self._once.do((space.name, b"", b""), tries, partial(self._start, place))
+            if EVERYTHING in space.row.demoted:
+                space.active -= 1
+                handle.place = None
+                return await self._reset_alone(handle, seed, options)
+            if body is not None and place.name == space.name:
                 self.counts.executed += led
                 self.counts.coalesced += not led
+                opening = opening_of(body)
                 break
             tries += 1
-        handle.place = Place(space, space.name, handle.task, seed, options, space.row.root)
+        assert space.row.root is not None
+        handle.place = replace(place, node=space.row.root)
         return opening
 
     async def step(self, handle: Walker, action: Action) -> StepResult:
@@ -243,22 +250,33 @@ class GraphPool:
 
     # carrying out
 
-    async def _start(self, place: Place) -> Opening | None:
-        """Start a task that the graph does not know."""
+    async def _start(self, place: Place) -> bytes | None:
+        """Start a task that the graph does not know: the start as it is kept; None where it is not."""
         space = place.space
         live = await self.lives.take(place.task)
         try:
             came, traits = await self.pool.begin(live.handle, place.seed, dict(place.options), True)
             if place.name != space.name:
-                self.lives.give(live)
+                self._unwanted(live, came)
                 return None
-            self.graph.begun(space, came.result, traits, came.digest, came.seconds)
+            try:
+                body = self.graph.begun(space, came.result, traits, came.digest, came.seconds)
+            except ValueError:
+                self.graph.unshared(space)
+                self._unwanted(live, came)
+                return None
         except BaseException:
             self.lives.drop(live)
             raise
         assert space.row.root is not None
         self._reach.settle(live, place, space.row.root, came, 0, anchor=traits.rollback and not traits.travels)
-        return self.graph.opening(space)
+        return body
+
+    def _unwanted(self, live: Live, came: Came) -> None:
+        """An environment for whoever comes, and nothing of its state."""
+        if came.kept is not None:
+            self.pool.forget(live.handle, came.kept)
+        self.lives.give(live)
 
     async def _carry_out(self, place: Place, made: Operation) -> _Done:
         """Carry out an operation that the graph does not know, and keep what may be kept."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from ...envs.core import Action, EnvFailure
 from ..envpool import EnvRaised
-from .core import OperationGraph, Space, opening_body
+from .core import EVERYTHING, OperationGraph, Space, opening_body
 from .live import KeptState, Live, LiveEnvs
 from .operation import Key, Operation, key, outcome
 from .statepool import StatePool
@@ -22,8 +22,6 @@ from .states import STATE_GONE, Came
 NOT_REPRODUCIBLE = "not_reproducible"
 """The kind of the `EnvFailure` of an episode whose state cannot be come to again: its environment is not deterministic,
 though it says so."""
-EVERYTHING = "*"
-"""In `SpaceRow.demoted`: nothing of the task is shared, not even its start."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -455,6 +455,43 @@ async def test_a_start_that_is_another_every_time_is_shared_by_nobody():
     await pool.close()
 
 
+async def test_a_start_that_is_distrusted_while_others_begin_it_lets_them_begin():
+    class Here(machine.Machine):
+        delay = 0.0
+
+        def reset(self, **arguments):
+            import time
+
+            time.sleep(0.05)
+            return super().reset(**arguments)
+
+    pool = graph_pool(Here)
+    tasks = [asyncio.create_task(play(pool, [[("look", {})]])) for _ in range(3)]
+    await asyncio.sleep(0.02)
+    (space,) = pool.graph._spaces.values()
+    pool.graph.distrust(space, ("look",), "another answer")
+    async with asyncio.timeout(30):
+        found = await asyncio.gather(*tasks)
+    assert found[0] == found[1] == found[2] and pool.counts.bypassed == 6 and machine.Machine.done["reset"] < 9
+    await pool.close()
+
+
+async def test_a_start_that_cannot_be_written_down_is_made_for_each():
+    class Here(machine.Machine):
+        def reset(self, **arguments):
+            from espalier.envs.core import Observation
+
+            _, info = super().reset(**arguments)
+            return Observation(({"role": "user", "content": b"bytes"},)), info
+
+    pool = graph_pool(Here)
+    found = await asyncio.gather(*(play(pool, [[("look", {})]]) for _ in range(3)))
+    assert all(one[0][0].messages[0]["content"] == b"bytes" for one in found)
+    assert pool.counts.bypassed == 9 and not pool.counts.failed
+    await pool.close()
+    assert pool.counts.live == 0
+
+
 async def test_no_verdict_and_met_limits_are_not_kept():
     class Here(machine.Machine):
         def step(self, action):
@@ -501,6 +538,52 @@ async def test_outcomes_stay_within_their_bytes():
     found = await asyncio.gather(*(play(pool, plan) for plan in plans))
     assert graph.held_bytes <= 20_000 and any("memory_mb" in note for note in graph.notes)
     assert found == await play_all(ThreadStatePool(machine.Machine, deadline_s=5), plans)
+    await pool.close()
+
+
+async def test_a_start_that_memory_cannot_hold_is_made_for_each():
+    class Here(machine.Machine):
+        delay = 0.01
+
+        def reset(self, **arguments):
+            observation, info = super().reset(**arguments)
+            return observation, {**info, "much": "x" * 3000}
+
+    graph = OperationGraph(most_bytes=2000)
+    pool = graph_pool(Here, graph)
+    async with asyncio.timeout(30):
+        found = [await play(pool, [[("look", {})]]) for _ in range(3)]
+        found += await asyncio.gather(*(play(pool, [[("look", {})]]) for _ in range(3)))
+    assert found == await play_all(ThreadStatePool(Here, deadline_s=5), [[[("look", {})]]] * 6)
+    assert machine.Machine.done["reset"] >= 4 and graph.held_bytes <= 2000
+    await pool.close()
+
+
+@pytest.mark.parametrize("together", [True, False])
+async def test_what_a_caller_does_to_its_answers_nobody_else_sees(together):
+    class Here(machine.Machine):
+        delay = 0.02
+
+    pool = graph_pool(Here)
+
+    async def episode(spoil):
+        handle = await pool.take("t")
+        opening = await pool.reset(handle, 7, {"task": machine.task()})
+        result = await pool.step(handle, act(("look", {})))
+        seen = repr((opening, result))
+        if spoil:
+            for part in (opening[0].messages[0], opening[1], result[0].messages[0], result[4], *opening[2]):
+                part.clear()
+            opening[2].clear()
+        await asyncio.sleep(0.01)
+        pool.give(handle)
+        return seen
+
+    if together:
+        found = await asyncio.gather(*(episode(n % 2 == 0) for n in range(6)))
+    else:
+        found = [await episode(True) for _ in range(3)]
+    assert len(set(found)) == 1 and "begin at" in found[0]
     await pool.close()
 
 
