@@ -112,7 +112,11 @@ class ProcessEnvPool:
     async def fork(self, handle: _Handle, at: Kept) -> _Handle:
         """See `StatePool`."""
         made = _Handle(handle.worker, next(self._numbers))
-        await handle.worker.call("fork", handle.number, pickle.dumps((made.number, at)))
+        try:
+            await handle.worker.call("fork", made.number, pickle.dumps((handle.number, at)))
+        except BaseException:
+            self.drop(made)
+            raise
         return made
 
     def forget(self, handle: _Handle, kept: Kept) -> None:
@@ -243,6 +247,10 @@ class _Worker:
             except ValueError as error:
                 raise EnvFailure("too_large", str(error)) from error
             return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self._unclaimed(future.result())
+            raise
         finally:
             self._calls.pop(number, None)
 
@@ -282,6 +290,8 @@ class _Worker:
     def _answer(self, answer: str, number: int, *said: Any) -> None:
         future = self._calls.get(number)
         if future is None or future.done():  # abandoned
+            if answer == "done":
+                self._unclaimed(said[0])
             return
         if answer == "timeout":
             future.set_exception(TimeoutError(said[0]))
@@ -296,6 +306,12 @@ class _Worker:
                     self._end(EnvFailure(said[0], said[1]))
             case _:
                 future.set_exception(EnvRaised(said[0]))
+
+    def _unclaimed(self, result: Any) -> None:
+        """Nobody waits for this any more, so the state that it tells of is not kept."""
+        came = result[0] if isinstance(result, tuple) and result else result
+        if isinstance(came, Came) and came.kept is not None:
+            self.tell("forget", came.kept)
 
     def _look(self) -> None:
         """The timer rang: a worker that was silent for a whole deadline is pinged, then given up."""

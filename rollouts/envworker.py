@@ -18,7 +18,7 @@ from typing import Any
 from ..envs.core import AgentEnv, EnvFailure
 from .envpool import EnvRaised
 from .graph.statepool import ThreadStatePool
-from .graph.states import plain_opening, plain_step
+from .graph.states import STATE_GONE, Kept, plain_opening, plain_step
 from .link import Link
 from .recipe import EnvRecipe
 
@@ -55,7 +55,7 @@ class _Server:
             case "close":
                 self._start(self._close())
             case _:
-                if operation in ("reset", "begin", "go_on"):
+                if operation in ("reset", "begin", "go_on", "fork"):
                     self._envs.setdefault(arguments[1], None)
                 self._start(self._answer(operation, *arguments))
 
@@ -91,6 +91,9 @@ class _Server:
 
     async def _call(self, operation: str, handle: int, payload: bytes) -> Any:
         assert self._pool is not None
+        if operation == "fork":
+            await self._fork(self._pool, handle, *pickle.loads(payload))  # noqa: S301 - from our own process
+            return None
         taken = self._envs[handle]
         if taken is None:
             taken = await self._pool.take()
@@ -106,11 +109,17 @@ class _Server:
         said = pickle.loads(payload)  # noqa: S301 - from the process that started this one
         if operation == "go_on":
             return await self._pool.go_on(taken, *said)
-        if operation == "fork":
-            number, at = said
-            self._envs[number] = await self._pool.fork(taken, at)
-            return None
         return plain_step(await self._pool.step(taken, *said))
+
+    async def _fork(self, pool: ThreadStatePool, handle: int, origin: int, at: Kept) -> None:
+        taken = self._envs.get(origin)
+        if taken is None:
+            raise EnvFailure(STATE_GONE, "there is no environment to branch from")
+        made = await pool.fork(taken, at)
+        if handle in self._envs:
+            self._envs[handle] = made
+        else:  # nobody waits for it any more
+            pool.drop(made)
 
     def _leave(self, handle: int, *, fit: bool) -> None:
         env = self._envs.pop(handle, None)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...envs.core import Action, EnvFailure
-from ..envpool import EnvRaised
+from ..envpool import EnvRaised, Opening
 from .core import EVERYTHING, OperationGraph, Space, opening_body
 from .live import KeptState, Live, LiveEnvs
 from .operation import Key, Operation, key, outcome
@@ -114,7 +114,7 @@ class Reach:
             try:
                 came, _ = await self.pool.begin(live.handle, place.seed, dict(place.options), True)
                 self._counts.replayed += 1
-                self._same_start(place, came)
+                self._same_start(live, place, came)
             except BaseException:
                 self.lives.drop(live)
                 raise
@@ -162,9 +162,8 @@ class Reach:
             came = await self._go_on(live, state, step.op.action, keep)
             state = None
             self._counts.replayed += 1
-            self._same(place, step, came)
-            if came.kept is not None:
-                self._keep(live, place, step.next, came)
+            self._same(live, place, step, came)
+            self._keep(live, place, step.next, came)
         return state
 
     async def from_start(self, place: Place, check: bool = False) -> Live:
@@ -173,12 +172,12 @@ class Reach:
         try:
             came, _ = await self.pool.begin(live.handle, place.seed, dict(place.options), False)
             self._count_again(check)
-            self._same_start(place, came)
+            self._same_start(live, place, came)
             for step in place.trail:
                 keep = not check and self.worth(place) and self.lives.kept(place.space, step.next) is None
                 came = await self._go_on(live, None, step.op.action, keep)
                 self._count_again(check)
-                self._same(place, step, came)
+                self._same(live, place, step, came)
                 self._keep(live, place, step.next, came)
         except BaseException:
             self.lives.drop(live)
@@ -201,30 +200,36 @@ class Reach:
         self._counts.restored += 1
         return came
 
-    def _same(self, place: Place, step: Step, came: Came) -> None:
-        """What was done again must be what it was. Raises `EnvFailure` ("not_reproducible")."""
+    def _same(self, live: Live, place: Place, step: Step, came: Came) -> None:
+        """What was done again must be what it was. Raises `EnvFailure` ("not_reproducible"); then nothing is kept."""
         found = outcome(came.result)
         if found is None:
+            self._unkept(live, came)
             raise EnvFailure("no_verdict", "an operation that had an outcome had none when it was done again")
         if found.essence != step.essence:
-            self._differs(place, step.op.tools, "another answer")
+            self._differs(live, place, came, step.op.tools, "another answer")
         if place.name == place.space.name and place.space.node(step.node, step.op.id, came.digest) != step.next:
-            self._differs(place, step.op.tools, "another state")
+            self._differs(live, place, came, step.op.tools, "another state")
 
-    def _same_start(self, place: Place, came: Came) -> None:
+    def _same_start(self, live: Live, place: Place, came: Came) -> None:
         row = place.space.row
         if place.name != place.space.name or row.essence is None:
             return
-        if opening_body(came.result)[1] != row.essence:
-            self._differs(place, (EVERYTHING,), "another start")
+        if _essence(came.result) != row.essence:
+            self._differs(live, place, came, (EVERYTHING,), "another start")
         if place.space.node(b"", key("reset"), came.digest) != row.root:
-            self._differs(place, (EVERYTHING,), "another state at the start")
+            self._differs(live, place, came, (EVERYTHING,), "another state at the start")
 
-    def _differs(self, place: Place, tools: tuple[str, ...], why: str) -> None:
+    def _differs(self, live: Live, place: Place, came: Came, tools: tuple[str, ...], why: str) -> None:
+        self._unkept(live, came)
         if place.name == place.space.name:
             self.lives.forget_all(place.name)
             self.graph.distrust(place.space, tools, why)
         raise EnvFailure(NOT_REPRODUCIBLE, f"the environment gave {why} when an operation was done again")
+
+    def _unkept(self, live: Live, came: Came) -> None:
+        if came.kept is not None:
+            self.pool.forget(live.handle, came.kept)
 
     # what stays where
 
@@ -235,11 +240,19 @@ class Reach:
 
     def settle(self, live: Live, place: Place, node: Key, came: Came, steps: int, anchor: bool = False) -> None:
         """Keep the state behind an operation where that was asked for, and let the environment stand there."""
-        if came.kept is not None:
-            self._keep(live, place, node, came)
+        self._keep(live, place, node, came)
         self.lives.park(live, place.space, node, anchor=anchor)
 
     def _keep(self, live: Live, place: Place, node: Key, came: Came) -> None:
-        if came.kept is not None:
+        if place.name != place.space.name:
+            self._unkept(live, came)
+        elif came.kept is not None:
             seconds = place.seconds + came.seconds
             self.lives.keep(live, place.space, node, came.kept, seconds, came.seconds_keeping)
+
+
+def _essence(opening: Opening) -> bytes | None:
+    try:
+        return opening_body(opening)[1]
+    except ValueError:
+        return None

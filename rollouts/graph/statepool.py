@@ -1,7 +1,7 @@
 """Pools whose environments can be brought to a state, for the operation graph; here in threads of this process.
 
 Always true: as of `envpool`; and what is kept for an environment is let go by its number, whatever became of the
-environment.
+environment. A call that nobody waits for any more leaves neither a kept state nor a branch.
 """
 
 from __future__ import annotations
@@ -61,11 +61,12 @@ class ThreadStatePool(ThreadEnvPool):
 
     async def begin(self, handle: AgentEnv, seed: int, options: dict[str, Any], keep: bool) -> tuple[Came, Traits]:
         """See `StatePool`."""
-        return await theirs(self.call(lambda: self._states.begin(handle, seed, options, keep, self.terse)))
+        made, traits = await theirs(self.call(lambda: self._states.begin(handle, seed, options, keep, self.terse)))
+        return self._states.had(made), traits
 
     async def go_on(self, handle: AgentEnv, at: Kept | None, action: Action, keep: bool) -> Came:
         """See `StatePool`."""
-        return await theirs(self.call(lambda: self._states.go_on(handle, at, action, keep)))
+        return self._states.had(await theirs(self.call(lambda: self._states.go_on(handle, at, action, keep))))
 
     async def fork(self, handle: AgentEnv, at: Kept) -> AgentEnv:
         """See `StatePool`."""

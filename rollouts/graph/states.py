@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any, cast
 
@@ -59,31 +59,49 @@ class Came:
     seconds_keeping: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What a call into an environment made, before anybody has it: `snapshot` is kept only once somebody does."""
+
+    came: Came
+    snapshot: Snapshot | None = None
+
+
 class States:
-    """The kept states of one process. Its methods block: to be called where environments are stepped."""
+    """The kept states of one process. `begin`, `go_on` and `fork` block: to be called where environments are stepped;
+    what they made is numbered by `had`, by whoever waited for it: what nobody waits for any more is not kept.
+    """
 
     def __init__(self) -> None:
         self._kept: dict[int, Snapshot] = {}
         self._numbers = count()
 
+    def had(self, made: Made) -> Came:
+        """What came of a call, and the state behind it kept."""
+        if made.snapshot is None:
+            return made.came
+        number = next(self._numbers)
+        self._kept[number] = made.snapshot
+        return replace(made.came, kept=Kept(number, made.snapshot.size or UNKNOWN_SIZE))
+
     def begin(
         self, env: AgentEnv, seed: int, options: Mapping[str, Any], keep: bool, terse: bool
-    ) -> tuple[Came, Traits]:
+    ) -> tuple[Made, Traits]:
         """See `StatePool`."""
         began = time.perf_counter()
         observation, info = env.reset(seed=seed, options=dict(options))
         spent = time.perf_counter() - began
         opening = plain_opening((observation, info, [tool.to_openai(terse=terse) for tool in env.tools]))
-        return self._came(env, opening, spent, keep), traits_of(env)
+        return self._made(env, opening, spent, keep), traits_of(env)
 
-    def go_on(self, env: AgentEnv, at: Kept | None, action: Action, keep: bool) -> Came:
+    def go_on(self, env: AgentEnv, at: Kept | None, action: Action, keep: bool) -> Made:
         """See `StatePool`."""
         if at is not None:
             self._back(env, at)
         began = time.perf_counter()
         result = plain_step(env.step(action))
         spent = time.perf_counter() - began
-        return self._came(env, result, spent, keep and not (result[2] or result[3]))
+        return self._made(env, result, spent, keep and not (result[2] or result[3]))
 
     def fork(self, env: AgentEnv, at: Kept) -> AgentEnv:
         """A branch of `env` at the kept state `at`."""
@@ -110,19 +128,16 @@ class States:
             raise EnvFailure(STATE_GONE, "a kept state is not there any more")
         return found
 
-    def _came(self, env: AgentEnv, result: Any, spent: float, keep: bool) -> Came:
+    def _made(self, env: AgentEnv, result: Any, spent: float, keep: bool) -> Made:
         digest = _digest(env)
         if not keep or not isinstance(env, Rollbackable):
-            return Came(result, digest, None, spent)
+            return Made(Came(result, digest, None, spent))
         began = time.perf_counter()
         try:
-            made = env.snapshot()
+            snapshot = env.snapshot()
         except Exception:  # it cannot be kept whole, so it is not kept
-            return Came(result, digest, None, spent, time.perf_counter() - began)
-        number = next(self._numbers)
-        self._kept[number] = made
-        kept = Kept(number, made.size or UNKNOWN_SIZE)
-        return Came(result, digest, kept, spent, time.perf_counter() - began)
+            snapshot = None
+        return Made(Came(result, digest, None, spent, time.perf_counter() - began), snapshot)
 
 
 def _digest(env: AgentEnv) -> str | None:

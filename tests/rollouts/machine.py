@@ -142,6 +142,16 @@ class Keeping(Digesting):
         self.family: Any = object()
 
 
+class Sluggish(Keeping):
+    """Its steps and its branches take a while."""
+
+    delay = 0.2
+
+    def branch(self, snapshot: Snapshot) -> Keeping:
+        time.sleep(self.delay)
+        return super().branch(snapshot)
+
+
 class Bound(Keeping):
     """Its kept states do not travel; names of states are histories."""
 
@@ -195,7 +205,7 @@ def act(*calls: tuple[str, dict[str, Any]], turn: int = 0, text: str = "") -> Ac
 
 
 def register() -> None:
-    for kind in (Keeping, Machine):
+    for kind in (Keeping, Machine, Sluggish):
         id = f"Machine{kind.__name__}-v0"
         if id not in gymnasium.registry:
             gymnasium.register(id, entry_point=f"machine:{kind.__name__}", disable_env_checker=True)

@@ -438,6 +438,28 @@ async def test_without_verification_such_a_tool_is_met_where_its_answer_must_com
     await pool.close()
 
 
+async def test_a_state_behind_an_answer_that_does_not_come_again_is_not_kept():
+    class Here(machine.Keeping):
+        delay = 0.005
+
+        def hidden(self):
+            self.calls["look"] += 1
+            return f" ({self.calls['look']})"
+
+    pool = graph_pool(Here)
+    await play(pool, [[("look", {})], [("move", {"by": 1})]])
+    assert pool.lives._kept
+    for live in list(pool.lives._parked):
+        pool.lives.drop(live)
+    (space,) = pool.graph._spaces.values()
+    pool.lives.forget_all(space.name)
+    assert not pool.pool._states._kept
+    with pytest.raises(EnvFailure, match=NOT_REPRODUCIBLE):
+        await play(pool, [[("look", {})], [("move", {"by": 2})]])
+    assert not pool.lives._kept and not pool.pool._states._kept and pool.counts.live == 0
+    await pool.close()
+
+
 async def test_a_start_that_is_another_every_time_is_shared_by_nobody():
     class Here(machine.Machine):
         def reset(self, **arguments):
