@@ -20,7 +20,7 @@ from ...envs.core import EnvFailure
 from .core import GraphCounts, Space
 from .operation import Key
 from .statepool import StatePool
-from .states import Kept
+from .states import STATE_GONE, Kept
 
 Place = tuple[Key, Key]
 """A namespace's name and a node."""
@@ -106,8 +106,13 @@ class LiveEnvs:
             except BaseException:
                 self._count(-1)
                 raise
-        except Exception:
-            self.drop(anchor)
+        except Exception as error:
+            gone = isinstance(error, EnvFailure) and error.kind == STATE_GONE
+            if gone and state.place[1] != anchor.node:
+                self._park(anchor)  # nothing is wrong with it
+                self.lost(state)
+            else:
+                self.drop(anchor)
             return None
         except BaseException:
             self.drop(anchor)

@@ -67,24 +67,25 @@ class Reach:
 
     async def carried_out(self, place: Place, action: Action, keep: bool) -> tuple[Live, Came]:
         """An environment that has carried out `action` where `place` is, now the caller's, and what came of it."""
-        live, state = await self.reach(place)
-        while True:
+        while True:  # as often as a kept state is gone
+            live, state = await self.reach(place)
             try:
                 return live, await self._go_on(live, state, action, keep)
             except BaseException as error:
                 self.lives.drop(live)
-                if state is None or not isinstance(error, EnvFailure) or error.kind != STATE_GONE:
+                if state is None or not _gone(error):
                     raise
             self.lives.lost(state)
-            live, state = await self.from_start(place), None
 
     async def reach(self, place: Place) -> tuple[Live, KeptState | None]:
         """An environment that stands where `place` is, or is to be brought to the kept state there."""
         nodes = [*(step.node for step in place.trail), place.node]
         await self._plant(place, nodes[0])
-        for at in range(len(place.trail), -1, -1):
+        at = len(place.trail)
+        while at >= 0:
             live, state = await self._near(place, nodes[at])
             if live is None:
+                at -= 1
                 continue
             try:
                 return live, await self._replay(live, state, place, at)
@@ -92,9 +93,11 @@ class Reach:
                 self.lives.drop(live)
                 if isinstance(error, EnvFailure) and error.kind == NOT_REPRODUCIBLE:
                     raise
-                if state is not None:
-                    self.lives.lost(state)
-                break
+                if state is None:
+                    break
+                self.lives.lost(state)
+                if not _gone(error):
+                    break
             except BaseException:
                 self.lives.drop(live)
                 raise
@@ -249,6 +252,10 @@ class Reach:
         elif came.kept is not None:
             seconds = place.seconds + came.seconds
             self.lives.keep(live, place.space, node, came.kept, seconds, came.seconds_keeping)
+
+
+def _gone(error: BaseException) -> bool:
+    return isinstance(error, EnvFailure) and error.kind == STATE_GONE
 
 
 def _essence(opening: Opening) -> bytes | None:

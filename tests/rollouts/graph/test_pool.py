@@ -542,6 +542,39 @@ async def test_episodes_on_hits_hold_no_environment():
     await pool.close()
 
 
+@pytest.mark.parametrize("travels", [True, False])
+@pytest.mark.parametrize("lost", [1, 2])
+async def test_where_a_kept_state_is_gone_the_next_nearest_is_gone_on_from(travels, lost):
+    """An environment may let states go by itself."""
+
+    class Here(machine.ByHistory):
+        delay = 0.01
+        snapshots_travel = travels
+
+    moves = [[("move", {"by": by})] for by in (1, 2, 3)]
+    pool = graph_pool(Here, live=3)
+    await play(pool, moves)
+    for live in [one for one in pool.lives._parked if not one.anchor]:
+        if len(pool.lives._parked) > 1:
+            pool.lives.drop(live)
+        else:  # somewhere else, and of the family
+            live.node = b"elsewhere"
+    (space,) = pool.graph._spaces.values()
+    node, path = space.row.root, []
+    while following := [edge for edge in space.edges.values() if edge.node == node and not edge.ended]:
+        node = following[0].next
+        path.append(node)
+    assert len(path) == 3
+    for gone in path[-lost:]:
+        del pool.pool._states._kept[pool.lives.kept(space, gone).kept.number]
+    before = pool.counts.replayed
+    found = await play(pool, [*moves, [("look", {})]])
+    assert pool.counts.replayed == before + lost
+    assert found == await play(ThreadStatePool(Here, deadline_s=5), [*moves, [("look", {})]])
+    await pool.close()
+    assert pool.counts.live == 0
+
+
 async def test_kept_states_stay_within_their_bytes_and_the_cheapest_go_first():
     pool = graph_pool(machine.Keeping, kept_bytes=1000, live=2)
     plans = [[[("move", {"by": n})], [("move", {"by": n + 1})], [("look", {})]] for n in range(20)]
