@@ -25,8 +25,10 @@ from .operation import FORM, Key, Operation, Outcome, key, may_keep, observed
 from .states import Traits
 from .store import EdgeRow, GraphStore, SpaceRow
 
-EDGE_BYTES = 600
-"""What an edge counts for in memory, beside its body."""
+EDGE_BYTES, SPACE_BYTES, BODY_BYTES = 600, 2500, 200
+"""What an edge, a namespace and a body count for in memory, beside what they hold (measured)."""
+MOST_REMEMBERED = 10_000
+"""Namespaces that are not in memory any more and of which something is remembered without the file."""
 MOST_NOTES = 100
 EVERYTHING = "*"
 """In `SpaceRow.demoted`: nothing of the task is shared, not even its start."""
@@ -95,14 +97,15 @@ class OperationGraph:
         self._spaces: OrderedDict[Key, Space] = OrderedDict()
         self._bodies: OrderedDict[bytes, bytes] = OrderedDict()
         self._bytes = 0
-        self._edge_bytes = 0
+        self._space_bytes = 0
         self._unloaded: set[Key] = set()
+        self._distrusted: OrderedDict[Key, SpaceRow] = OrderedDict()
         self._trouble_said = False
 
     @property
     def held_bytes(self) -> int:
         """Held in memory, about."""
-        return self._bytes + self._edge_bytes
+        return self._bytes + self._space_bytes
 
     # namespaces
 
@@ -115,9 +118,12 @@ class OperationGraph:
         found = self._spaces.get(id)
         if found is None:
             found = self._load(id) or _empty(SpaceRow(id, env, task.id, seed))
+            known = self._distrusted.pop(id, None)
+            if known is not None and set(known.demoted) - set(found.row.demoted):  # no file has it
+                found = _empty(known)
+            self._make_room(_size(found))
             self._spaces[id] = found
-            self._edge_bytes += EDGE_BYTES * len(found.edges)
-            self._make_room()
+            self._space_bytes += _size(found)
         self._spaces.move_to_end(id)
         return found
 
@@ -125,15 +131,15 @@ class OperationGraph:
         if self.store is None:
             return None
         if id in self._unloaded:
-            self.store.flush()
-            self._unloaded.discard(id)
+            self._flush()
         kept = self.store.space(id)
         if kept is None:
             return None
         row, edges = kept
         self.store.touch(id)
         made = replace(_empty(row), traits=_traits(row.traits))
-        made.edges = {(edge.node, edge.op): edge for edge in edges}
+        room = max(0, self._most_bytes // 2 - SPACE_BYTES) // EDGE_BYTES
+        made.edges = {(edge.node, edge.op): edge for edge in edges[:room]}
         return made
 
     def begun(self, space: Space, opening: Opening, traits: Traits, digest: str | None, seconds: float) -> bytes:
@@ -177,12 +183,12 @@ class OperationGraph:
         """Keep what came of an operation."""
         edge = EdgeRow(node, op.id, after, made.digest, made.essence, made.ended, made.reward, seconds)
         if (node, op.id) not in space.edges:
-            if self._edge_bytes + EDGE_BYTES > self._most_bytes // 2 and not self._make_room(EDGE_BYTES):
+            if not self._make_room(EDGE_BYTES):
                 if not space.full:
                     self.say(f"task {space.row.task}: graph.memory_mb is used up; what is new is not kept")
                 space.full = True
                 return edge
-            self._edge_bytes += EDGE_BYTES
+            self._space_bytes += EDGE_BYTES
         space.edges[node, op.id] = edge
         self._keep_body(space, made.body)
         if self.store is not None:
@@ -210,7 +216,7 @@ class OperationGraph:
             f"task {space.row.task}: {', '.join(tools) or 'the end of an episode'} gave {why} when it was done again; "
             "it is no longer shared there"
         )
-        self._edge_bytes -= EDGE_BYTES * len(space.edges)
+        self._space_bytes -= EDGE_BYTES * len(space.edges)
         space.edges.clear()
         generation = space.row.generation + 1
         space.row = replace(
@@ -259,26 +265,44 @@ class OperationGraph:
     def _hold(self, digest: bytes, body: bytes) -> None:
         if digest not in self._bodies:
             self._bodies[digest] = body
-            self._bytes += len(body)
+            self._bytes += len(body) + BODY_BYTES
             self._make_room()
 
     def _make_room(self, more: int = 0) -> bool:
-        """Let go of what was not used for longest until the rest, and `more`, fits; whether it does."""
+        """Let go of what was not used for longest until the rest, and `more` of namespaces and edges, fits; whether
+        these do: they have half of it at most.
+        """
         most = self._most_bytes
-        for id in list(self._spaces):
-            if self._edge_bytes + more <= most // 2:
-                break
-            if not self._spaces[id].active:
-                self._edge_bytes -= EDGE_BYTES * len(self._spaces.pop(id).edges)
-                self._unloaded.add(id)
+        if self._space_bytes + more > most // 2:
+            for id in [id for id, space in self._spaces.items() if not space.active]:
+                self._unload(id)
+                if self._space_bytes + more <= most // 2:
+                    break
         while self._bodies and self.held_bytes + more > most:
             _, body = self._bodies.popitem(last=False)
-            self._bytes -= len(body)
-        return self._edge_bytes + more <= most // 2
+            self._bytes -= len(body) + BODY_BYTES
+        return self._space_bytes + more <= most // 2
+
+    def _unload(self, id: Key) -> None:
+        space = self._spaces.pop(id)
+        self._space_bytes -= _size(space)
+        self._unloaded.add(id)
+        if len(self._unloaded) > MOST_REMEMBERED:
+            self._flush()
+        if space.row.demoted:
+            self._distrusted[id] = replace(space.row, root=None, opening=None, essence=None)
+            while len(self._distrusted) > MOST_REMEMBERED:
+                self._distrusted.popitem(last=False)
+
+    def _flush(self) -> None:
+        """Have everything that was unloaded in the file."""
+        if self.store is not None:
+            self.store.flush()
+        self._unloaded.clear()
 
     def _drop(self, space: Space, edge: EdgeRow) -> None:
         if space.edges.pop((edge.node, edge.op), None) is not None:
-            self._edge_bytes -= EDGE_BYTES
+            self._space_bytes -= EDGE_BYTES
         if self.store is not None:
             self.store.drop_edge(space.row.id, edge.node, edge.op)
 
@@ -286,6 +310,10 @@ class OperationGraph:
         """Write what is left. Closing twice is allowed."""
         if self.store is not None:
             self.store.close()
+
+
+def _size(space: Space) -> int:
+    return SPACE_BYTES + EDGE_BYTES * len(space.edges)
 
 
 def _empty(row: SpaceRow) -> Space:

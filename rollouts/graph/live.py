@@ -17,7 +17,7 @@ from itertools import count
 from typing import Any
 
 from ...envs.core import EnvFailure
-from .core import GraphCounts, Space
+from .core import MOST_REMEMBERED, GraphCounts, Space
 from .operation import Key
 from .statepool import StatePool
 from .states import STATE_GONE, Kept
@@ -260,7 +260,7 @@ class LiveEnvs:
 
     def keep(self, live: Live, space: Space, node: Key, kept: Kept, seconds: float, keeping: float) -> None:
         """`node` is kept; coming there again would take `seconds`, keeping it took `keeping`."""
-        if len(self._keeping) > 10_000:
+        if len(self._keeping) > MOST_REMEMBERED:
             self._keeping.clear()
         before = self._keeping.get(space.row.id)
         self._keeping[space.row.id] = keeping if before is None else 0.9 * before + 0.1 * keeping

@@ -13,7 +13,7 @@ from typing import Any
 
 from ...envs.core import Action, EnvFailure
 from ..envpool import EnvRaised, Opening
-from .core import EVERYTHING, OperationGraph, Space, opening_body
+from .core import EVERYTHING, MOST_REMEMBERED, OperationGraph, Space, opening_body
 from .live import KeptState, Live, LiveEnvs
 from .operation import Key, Operation, key, outcome
 from .statepool import StatePool
@@ -122,6 +122,8 @@ class Reach:
                 self.lives.drop(live)
                 raise
             if came.kept is None:
+                if len(self._barren) > MOST_REMEMBERED:
+                    self._barren.clear()
                 self._barren.add(space.name)
             else:
                 self.lives.keep(live, space, root, came.kept, came.seconds, came.seconds_keeping)

@@ -596,21 +596,37 @@ async def test_outcomes_stay_within_their_bytes():
     await pool.close()
 
 
+async def test_many_tasks_stay_within_their_bytes_and_what_was_distrusted_in_them_is_remembered():
+    """Without a file: what leaves memory is done again, and trusted no more than before."""
+    graph = OperationGraph(most_bytes=60_000)
+    pool = graph_pool(machine.Machine, graph)
+    await play(pool, [[("look", {})]], task=machine.task("first"))
+    (space,) = graph._spaces.values()
+    graph.distrust(space, ("look",), "another answer")
+    for number in range(60):
+        await play(pool, [], task=machine.task(f"w{number}"))
+        assert graph.held_bytes <= 60_000 and len(graph._spaces) < 20
+    before = graph.counts.bypassed
+    await play(pool, [[("look", {})]], task=machine.task("first"))
+    assert graph.counts.bypassed == before + 2
+    await pool.close()
+
+
 async def test_a_start_that_memory_cannot_hold_is_made_for_each():
     class Here(machine.Machine):
         delay = 0.01
 
         def reset(self, **arguments):
             observation, info = super().reset(**arguments)
-            return observation, {**info, "much": "x" * 3000}
+            return observation, {**info, "much": "x" * 9000}
 
-    graph = OperationGraph(most_bytes=2000)
+    graph = OperationGraph(most_bytes=8000)
     pool = graph_pool(Here, graph)
     async with asyncio.timeout(30):
         found = [await play(pool, [[("look", {})]]) for _ in range(3)]
         found += await asyncio.gather(*(play(pool, [[("look", {})]]) for _ in range(3)))
     assert found == await play_all(ThreadStatePool(Here, deadline_s=5), [[[("look", {})]]] * 6)
-    assert machine.Machine.done["reset"] >= 4 and graph.held_bytes <= 2000
+    assert machine.Machine.done["reset"] >= 4 and graph.held_bytes <= 8000
     await pool.close()
 
 

@@ -169,6 +169,14 @@ async def test_a_little_memory_is_enough_where_there_is_a_file(tmp_path):
     assert again == first and not machine.Machine.done
 
 
+async def test_a_task_with_more_than_memory_takes_is_had_in_part(tmp_path):
+    path = tmp_path / "g.sqlite"
+    plans = [[("move", {"by": n})] for n in range(30)]
+    first, _ = await episodes(path, plans)
+    again, graph = await episodes(path, plans, most_bytes=20_000)
+    assert again == first and graph.counts.hits > 30 and graph.held_bytes <= 20_000
+
+
 def test_a_file_that_is_none_is_one_sentence(tmp_path):
     (tmp_path / "g.sqlite").write_bytes(b"not a database at all" * 100)
     with pytest.raises(GraphStoreError, match="it is a cache: remove it"):
