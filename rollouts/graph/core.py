@@ -136,8 +136,12 @@ class OperationGraph:
         if kept is None:
             return None
         row, edges = kept
+        try:
+            made = replace(_empty(row), traits=_traits(row.traits))
+        except (TypeError, ValueError):
+            self.store.corrupted += 1
+            return None
         self.store.touch(id)
-        made = replace(_empty(row), traits=_traits(row.traits))
         room = max(0, self._most_bytes // 2 - SPACE_BYTES) // EDGE_BYTES
         made.edges = {(edge.node, edge.op): edge for edge in edges[:room]}
         return made
@@ -198,6 +202,8 @@ class OperationGraph:
 
     def visited(self, space: Space, trail: list[tuple[Key, Key]], reward: float) -> None:
         """An episode has ended that went through these edges; one without a verdict tells nothing of them."""
+        if self.store is not None:
+            self.store.touch(space.row.id)
         if self.store is not None and math.isfinite(reward):
             for node, op in trail:
                 self.store.add_visit(space.row.id, node, op, reward)

@@ -27,6 +27,8 @@ BATCH_SECONDS = 0.05
 FLUSH_SECONDS = 15.0
 MOST_PENDING = 100_000
 """Records that wait for the writer; beyond that they are left out."""
+MOST_PENDING_BYTES = 128 << 20
+"""What they may hold."""
 MOST_BODY = 64 << 20
 CHECK_EVERY = 20
 """Batches between looks at the size of the file."""
@@ -106,20 +108,40 @@ class GraphStore:
                 path.parent.mkdir(parents=True, exist_ok=True)
             elif not path.is_file():
                 raise GraphStoreError(f"there is no operation graph at {path}")
-            self._reader = self._connect(readonly)
-            self._prepare(readonly)
+            self._reader = self._opened(readonly)
         except (sqlite3.Error, OSError) as error:
-            raise GraphStoreError(
-                f"{path} cannot be used as an operation graph ({error}); it is a cache: remove it, or set graph.path"
-            ) from error
+            raise self._unusable(error) from error
         self._waiting: deque[tuple[str, tuple[Any, ...]]] = deque()
         self._bodies: dict[bytes, bytes] = {}
         self._wake = threading.Condition()
         self._busy = self._closing = False
+        self._pending_bytes = 0
         self._writer: threading.Thread | None = None
         if not readonly:
             self._writer = threading.Thread(target=self._write, name="espalier-graph", daemon=True)
             self._writer.start()
+
+    def _opened(self, readonly: bool) -> sqlite3.Connection:
+        """A connection to a file with the right tables. Who begins it at the same time is waited for."""
+        until = time.monotonic() + BUSY_SECONDS
+        while True:
+            try:
+                made = self._connect(readonly)
+                try:
+                    self._prepare(made, readonly)
+                except BaseException:
+                    made.close()
+                    raise
+                return made
+            except sqlite3.OperationalError as error:  # changing the journal waits for nobody by itself
+                if not _is_busy(error) or time.monotonic() > until:
+                    raise
+            time.sleep(0.05)
+
+    def _unusable(self, error: Exception) -> GraphStoreError:
+        return GraphStoreError(
+            f"{self.path} cannot be used as an operation graph ({error}); it is a cache: remove it, or set graph.path"
+        )
 
     def _connect(self, readonly: bool = False) -> sqlite3.Connection:
         made = sqlite3.connect(
@@ -130,19 +152,23 @@ class GraphStore:
             check_same_thread=False,
         )
         if not readonly:
-            made.execute("PRAGMA journal_mode = WAL")
-            made.execute("PRAGMA synchronous = NORMAL")
+            try:
+                made.execute("PRAGMA journal_mode = WAL")
+                made.execute("PRAGMA synchronous = NORMAL")
+            except BaseException:
+                made.close()
+                raise
         return made
 
-    def _prepare(self, readonly: bool) -> None:
+    def _prepare(self, database: sqlite3.Connection, readonly: bool) -> None:
         if not readonly:
-            self._reader.execute("BEGIN IMMEDIATE")
-            if not self._reader.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone():
+            database.execute("BEGIN IMMEDIATE")
+            if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone():
                 for statement in _TABLES.split(";\n"):
-                    self._reader.execute(statement)
-                self._reader.execute("INSERT INTO meta VALUES ('schema', ?)", (SCHEMA,))
-            self._reader.execute("COMMIT")
-        found = self._reader.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone()
+                    database.execute(statement)
+                database.execute("INSERT INTO meta VALUES ('schema', ?)", (SCHEMA,))
+            database.execute("COMMIT")
+        found = database.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone()
         if found is None or found[0] != SCHEMA:
             raise GraphStoreError(
                 f"{self.path} is an operation graph of another version of espalier; it is a cache: remove it, or set "
@@ -162,25 +188,36 @@ class GraphStore:
         except sqlite3.Error as error:
             self._say(f"it cannot be read: {error}")
             return None
-        return _space(row), [_edge(edge) for edge in edges]
+        try:
+            return _space(row), [_edge(edge) for edge in edges]
+        except ValueError:
+            self.corrupted += 1
+            return None
 
     def spaces(self) -> list[SpaceRow]:
-        """All namespaces, the last used first."""
-        with self._lock:
-            rows = self._reader.execute(f"SELECT {_SPACE} FROM spaces ORDER BY used DESC, id").fetchall()
-        return [_space(row) for row in rows]
+        """All namespaces, the last used first. This and what follows raise `GraphStoreError`."""
+        rows = self._rows(f"SELECT {_SPACE} FROM spaces ORDER BY used DESC, id")
+        try:
+            return [_space(row) for row in rows]
+        except ValueError as error:
+            raise self._unusable(error) from error
 
     def visits(self, id: bytes) -> dict[tuple[bytes, bytes], tuple[int, float]]:
         """How often each (node, operation) was gone through, and the rewards of those episodes, summed."""
-        with self._lock:
-            rows = self._reader.execute("SELECT node, op, count, reward FROM visits WHERE space = ?", (id,)).fetchall()
+        rows = self._rows("SELECT node, op, count, reward FROM visits WHERE space = ?", id)
         return {(bytes(node), bytes(op)): (int(count), float(reward)) for node, op, count, reward in rows}
 
     def operations(self, id: bytes) -> dict[bytes, str]:
         """The canonical text of each operation of a namespace."""
-        with self._lock:
-            rows = self._reader.execute("SELECT op, text FROM operations WHERE space = ?", (id,)).fetchall()
+        rows = self._rows("SELECT op, text FROM operations WHERE space = ?", id)
         return {bytes(op): str(text) for op, text in rows}
+
+    def _rows(self, query: str, *values: bytes) -> list[tuple[Any, ...]]:
+        try:
+            with self._lock:
+                return self._reader.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise self._unusable(error) from error
 
     def body(self, digest: bytes) -> bytes | None:
         """The body with this sha256; None when it is not there or is not what was stored."""
@@ -241,8 +278,9 @@ class GraphStore:
         """Store a body, once."""
         if len(data) <= MOST_BODY and digest not in self._bodies:
             packed = zlib.compress(data, 1)
-            if self._put("INSERT OR IGNORE INTO bodies VALUES (?, ?, ?)", (digest, space, packed)):
-                self._bodies[digest] = data
+            self._bodies[digest] = data  # first: the writer takes it away again
+            if not self._put("INSERT OR IGNORE INTO bodies VALUES (?, ?, ?)", (digest, space, packed), len(data)):
+                self._bodies.pop(digest, None)
 
     def add_visit(self, space: bytes, node: bytes, op: bytes, reward: float) -> None:
         """An episode went through an edge, and was worth `reward` in the end."""
@@ -257,13 +295,16 @@ class GraphStore:
         for table in _OF_SPACES:
             self._put(f"DELETE FROM {table} WHERE space = ?", (space,))
 
-    def _put(self, statement: str, values: tuple[Any, ...]) -> bool:
+    def _put(self, statement: str, values: tuple[Any, ...], held: int = 0) -> bool:
+        """Queue a statement; whether it could be. `held`: bytes that are in memory for it until it is done."""
         if self._writer is None or self.trouble:
             return False
         with self._wake:
-            if len(self._waiting) >= MOST_PENDING:
+            size = held + sum(len(value) for value in values if isinstance(value, bytes | str))
+            if len(self._waiting) >= MOST_PENDING or self._pending_bytes + size > MOST_PENDING_BYTES:
                 self.left_out += 1
                 return False
+            self._pending_bytes += size
             self._waiting.append((statement, values))
             if not self._busy and len(self._waiting) == 1:
                 self._wake.notify_all()
@@ -294,18 +335,24 @@ class GraphStore:
                     break
                 if len(self._waiting) < 100 and not self._closing:
                     self._wake.wait(BATCH_SECONDS)  # more of it in one transaction
-                batch = list(self._waiting)
+                batch, size = list(self._waiting), self._pending_bytes
                 self._waiting.clear()
                 self._busy = True
             try:
                 self._commit(database, batch)
+                with self._wake:
+                    self._pending_bytes -= size
                 batches += 1
                 if batches % CHECK_EVERY == 1:
                     self._shrink(database)
             except Exception as error:  # whatever it is, the cache is what is done without
-                self._say(f"nothing more is stored: {error}")
                 with suppress(sqlite3.Error):
                     database.execute("ROLLBACK")
+                if _is_busy(error) and not self._closing:  # another run is at it: later
+                    with self._wake:
+                        self._waiting.extendleft(reversed(batch))
+                else:
+                    self._say(f"nothing more is stored: {error}")
         database.close()
 
     def _commit(self, database: sqlite3.Connection, batch: list[tuple[str, tuple[Any, ...]]]) -> None:
@@ -320,6 +367,12 @@ class GraphStore:
     def _shrink(self, database: sqlite3.Connection) -> None:
         """Remove whole namespaces, the least recently used first, until there is room again."""
         if self._size(database) <= self._most_bytes:
+            return
+        database.execute("BEGIN IMMEDIATE")
+        for table in _OF_SPACES:  # of namespaces that were removed while somebody worked on them
+            database.execute(f"DELETE FROM {table} WHERE space NOT IN (SELECT id FROM spaces)")
+        database.execute("COMMIT")
+        if self._size(database) <= 0.8 * self._most_bytes:
             return
         ids = [row[0] for row in database.execute("SELECT id FROM spaces ORDER BY used")]
         for id in ids[:-1]:
@@ -364,6 +417,11 @@ class GraphStore:
 
 _SPACE = "id, env, task, seed, generation, root, opening, essence, cost, traits, by_digest, demoted"
 _EDGE = "node, op, next, body, essence, ended, reward, cost"
+
+
+def _is_busy(error: Exception) -> bool:
+    code = getattr(error, "sqlite_errorcode", None)
+    return isinstance(error, sqlite3.OperationalError) and code is not None and code & 0xFF == sqlite3.SQLITE_BUSY
 
 
 def _marks(count: int) -> str:

@@ -7,14 +7,17 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from hashlib import sha256
 from pathlib import Path
 
 import machine
 import pytest
+from espalier.envs.core import Observation
 from espalier.rollouts.graph.core import OperationGraph
 from espalier.rollouts.graph.pool import GraphPool
 from espalier.rollouts.graph.statepool import ThreadStatePool
+from espalier.rollouts.graph.states import Traits
 from espalier.rollouts.graph.store import EdgeRow, GraphStore, GraphStoreError, SpaceRow
 
 PLANS = [[("move", {"by": n}), ("look", {}), ("move", {"by": 1})] for n in range(3)]
@@ -175,6 +178,106 @@ async def test_a_task_with_more_than_memory_takes_is_had_in_part(tmp_path):
     first, _ = await episodes(path, plans)
     again, graph = await episodes(path, plans, most_bytes=20_000)
     assert again == first and graph.counts.hits > 30 and graph.held_bytes <= 20_000
+
+
+def busy():
+    error = sqlite3.OperationalError("database is locked")
+    error.sqlite_errorcode = sqlite3.SQLITE_BUSY
+    return error
+
+
+def test_two_runs_may_begin_a_file_at_once(tmp_path, monkeypatch):
+    """One changes the journal while the other does, and is told at once that it is locked."""
+    connect, tried = GraphStore._connect, []
+
+    def locked(self, readonly=False):
+        tried.append(readonly)
+        if len(tried) < 3:
+            raise busy()
+        return connect(self, readonly)
+
+    monkeypatch.setattr(GraphStore, "_connect", locked)
+    GraphStore(tmp_path / "g.sqlite").close()
+    assert len(tried) >= 3
+    monkeypatch.setattr("espalier.rollouts.graph.store.BUSY_SECONDS", 0.0)
+    tried.clear()
+    with pytest.raises(GraphStoreError, match="locked"):
+        GraphStore(tmp_path / "g.sqlite")
+
+
+def test_what_another_run_holds_up_is_written_later(tmp_path, monkeypatch):
+    monkeypatch.setattr("espalier.rollouts.graph.store.BUSY_SECONDS", 0.02)
+    path = tmp_path / "g.sqlite"
+    with GraphStore(path) as store, closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        store.put_space(SpaceRow(b"s", "env", "task", 0))
+        time.sleep(0.3)
+        store.put_space(SpaceRow(b"t", "env", "task", 0))
+        assert not store.trouble and not store.spaces()
+        other.execute("COMMIT")
+        store.flush()
+        assert {row.id for row in store.spaces()} == {b"s", b"t"} and not store.trouble
+
+
+async def test_a_task_in_use_stays_in_the_file_and_what_belongs_to_none_goes(tmp_path):
+    store = GraphStore(tmp_path / "g.sqlite", most_bytes=300_000)
+    graph = OperationGraph(store)
+    space = graph.space("x", "env", machine.task(), 0, {})
+    graph.begun(space, (Observation(({"role": "user", "content": "hello"},)), {}, []), Traits(), None, 0.1)
+    store.put_space(SpaceRow(b"other", "env", "other", 0, root=b"r"))
+    for number in range(45):
+        data = os.urandom(20_000)
+        store.put_body(b"none's" if number % 2 else b"%16d" % number, sha256(data).digest(), data)
+        if not number % 2:
+            store.put_space(SpaceRow(b"%16d" % number, "env", f"task-{number}", 0, root=b"r"))
+        graph.visited(space, [], 0.5)
+        store.flush()
+    kept = [row.task for row in store.spaces()]
+    assert machine.task().id in kept and "other" not in kept and 4 < len(kept) < 20
+    store.close()
+    ((left,),) = database(tmp_path / "g.sqlite", "SELECT sum(length(data)) FROM bodies")
+    assert left < 600_000
+
+
+def test_what_waits_for_a_slow_disk_stays_within_its_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr("espalier.rollouts.graph.store.MOST_PENDING_BYTES", 100_000)
+    path = tmp_path / "g.sqlite"
+    store = GraphStore(path)
+    bodies = [os.urandom(10_000) for _ in range(40)]
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        for data in bodies:
+            store.put_body(b"s", sha256(data).digest(), data)
+        assert sum(map(len, store._bodies.values())) <= 100_000 and store.left_out > 20
+        other.execute("COMMIT")
+    store.flush()
+    again = store.left_out
+    store.put_body(b"s", sha256(bodies[-1]).digest(), bodies[-1])
+    store.flush()
+    assert store.left_out == again and not store._bodies
+    store.close()
+    with GraphStore(path) as store:
+        assert sum(store.body(sha256(data).digest()) is not None for data in bodies) == 40 - again + 1
+
+
+def test_rows_that_are_broken_are_not_there_and_who_looks_is_told_in_a_sentence(tmp_path):
+    path = tmp_path / "g.sqlite"
+    with GraphStore(path) as store:
+        graph = OperationGraph(store)
+        space = graph.space("x", "env", machine.task(), 0, {})
+        graph.begun(space, (Observation(({"role": "user", "content": "hello"},)), {}, []), Traits(), None, 0.1)
+    for column, wrong in (("traits", '{"unknown": 1}'), ("traits", "["), ("demoted", "{")):
+        database(path, f"UPDATE spaces SET {column} = ?", wrong)
+        with GraphStore(path) as store:
+            graph = OperationGraph(store)
+            assert graph.space("x", "env", machine.task(), 0, {}).row.root is None and store.corrupted == 1
+        database(path, "UPDATE spaces SET traits = '{}'")
+    with GraphStore(path, readonly=True) as store, pytest.raises(GraphStoreError, match="it is a cache"):
+        store.spaces()
+    database(path, "UPDATE spaces SET demoted = '[]'")
+    database(path, "DROP TABLE visits")
+    with GraphStore(path, readonly=True) as store, pytest.raises(GraphStoreError, match="no such table"):
+        store.visits(b"s")
 
 
 def test_a_file_that_is_none_is_one_sentence(tmp_path):
