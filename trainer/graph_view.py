@@ -75,22 +75,20 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 def picture(run: Run, task: str | None = None) -> Picture:
     """The graph of `task`, else of the task that was worked on last. Raises `UserError` when there is none."""
+    path = graph_path(run.config)
     try:
-        store = GraphStore(graph_path(run.config), readonly=True)
+        with GraphStore(path, readonly=True) as store:
+            known = [space for space in store.spaces() if space.root is not None]
+            chosen = [space for space in known if task in (None, space.task)]
+            if not chosen:
+                some = ", ".join(dict.fromkeys(space.task for space in known[:50]))
+                raise UserError(f"there is no graph of task {task!r}; there are, for example, {some or 'none at all'}.")
+            if task is None:
+                return _draw(store, _busiest(store, chosen))
+            return _draw(store, max(chosen, key=lambda space: len(store.visits(space.id))))
     except GraphStoreError as error:
-        raise UserError(f"{error}; graph.enabled, and graph.disk_mb above 0, keep one.") from None
-    try:
-        known = [space for space in store.spaces() if space.root is not None]
-        chosen = [space for space in known if task in (None, space.task)]
-        if not chosen:
-            some = ", ".join(dict.fromkeys(space.task for space in known[:50]))
-            raise UserError(f"there is no graph of task {task!r}; there are, for example, {some or 'none at all'}.")
-        most = (
-            max(chosen, key=lambda space: len(store.visits(space.id))) if task is not None else _busiest(store, chosen)
-        )
-        return _draw(store, most)
-    finally:
-        store.close()
+        hint = "" if path.is_file() else "; graph.enabled, and graph.disk_mb above 0, keep one"
+        raise UserError(f"{error}{hint}.") from None
 
 
 def _busiest(store: GraphStore, spaces: Sequence[SpaceRow]) -> SpaceRow:

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import sqlite3
+from contextlib import closing
 
 import pytest
 from espalier.configs.schema import RunConfig
@@ -114,3 +116,13 @@ def test_a_walk_goes_from_the_root_by_depth_and_meets_an_edge_once():
         (1, b"bc"),
         (1, b"ca"),
     ]
+
+
+def test_a_graph_that_is_broken_is_a_sentence_and_spoils_no_report(worked, capfd):
+    folder, _ = worked
+    with closing(sqlite3.connect(folder / "graph.sqlite")) as opened:
+        opened.execute("DROP TABLE visits")
+        opened.commit()
+    code, out, err = inspect(capfd, folder, "--graph")
+    assert code != 0 and not out and err.count("\n") == 1 and "it is a cache: remove it" in err
+    assert "Work done once" in write_report(folder).read_text("utf-8")
