@@ -161,6 +161,12 @@ class Box:
         """
         self._ask({"op": "restart", "snapshot": self._own(snapshot) if snapshot is not None else None})
 
+    def changed(self) -> bool:
+        """Whether anything was written to files, or any process left running, since the last snapshot or rollback. What
+        the interpreter has in memory is not looked at.
+        """
+        return bool(self._ask({"op": "changed"})["changed"])
+
     def prepare(self, snapshot: BoxSnapshot) -> None:
         """Have a copy of `snapshot` stand ready, so that the next rollback to it is warm."""
         self._ask({"op": "prepare", "snapshot": self._own(snapshot)})

@@ -193,6 +193,7 @@ class Supervisor:
 
     def _snapshot(self, seat: Seat, _message: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
         if seat.at is not None and seat.at in self.tree.templates:
+            self.tree.want(seat.at)
             return {"snapshot": seat.at, "same": 1}
         asked = time.perf_counter()
         try:
@@ -276,6 +277,10 @@ class Supervisor:
                 "message": os.strerror(error.errno or errno.EIO),
             }
 
+    def _changed(self, seat: Seat, _message: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        written = any(self.tree.layers.changed(name, mount) for name, mount in seat.guest.mounted.items())
+        return {"changed": int(written or len(self._branch(seat.guest)) > 1)}
+
     def _stats(self, seat: Seat, _message: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
         templates = self.tree.templates.values()
         return {
@@ -290,6 +295,7 @@ class Supervisor:
     _HANDLERS: dict[str, Callable[..., dict[str, Any] | None]] = {  # noqa: RUF012
         "python": _run, "fresh": _run, "shell": _run, "snapshot": _snapshot, "rollback": _rollback,
         "branch": _make_branch, "drop": _drop, "prepare": _prepare, "restart": _restart, "stats": _stats,
+        "changed": _changed,
         "read_file": _file, "write_file": _file, "list": _file,
     }  # fmt: skip
 

@@ -76,6 +76,10 @@ class Tree:
         while len(self._unwanted) > MOST_UNWANTED:
             self.remove(self._unwanted.pop(0))
 
+    def want(self, number: int) -> None:
+        """Somebody has a handle to this one again."""
+        self._unwanted = [other for other in self._unwanted if other != number]
+
     def touch(self, template: Template) -> None:
         """It is gone back to: worth keeping, and, the second time, a copy that stands ready."""
         template.used = time.monotonic()

@@ -81,6 +81,29 @@ def test_a_snapshot_of_an_unchanged_state_is_the_same_one(box: Box) -> None:
     assert box.snapshot().number != first.number
 
 
+def test_a_snapshot_that_was_let_go_and_made_again_stays(box: Box) -> None:
+    box.python("x = 1")
+    box.snapshot()  # nobody keeps it
+    again = box.snapshot()
+    time.sleep(0.2)  # spare time, in which it would go
+    box.python("x = 2")
+    box.rollback(again)
+    assert box.python("x").text == "1\n"
+
+
+def test_a_box_knows_whether_files_were_written_or_processes_left(box: Box) -> None:
+    for command in ("cat a.txt; ls src", "cd /tmp", "kill -9 $$"):
+        box.snapshot()
+        box.shell(command)
+        assert not box.changed(), command
+    for command in ("touch new", "rm -r src", "echo 1 > /tmp/x", "chmod 600 a.txt", "sleep 30 &"):
+        here = box.snapshot()
+        box.shell(command)
+        assert box.changed(), command
+        box.rollback(here)
+        assert not box.changed()
+
+
 def test_a_masked_snapshot_is_made_before_the_next_call(box: Box) -> None:
     box.python("x = 1")
     here = box.snapshot(wait=False)
