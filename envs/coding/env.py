@@ -3,7 +3,8 @@
 Always true: an episode starts from a state that depends on the task alone (a rollback, not a new box); the reward is
 1.0 exactly when every hidden test passes, else 0.0; what breaks on our side is an `EnvFailure`. `state_digest` is the
 digest of the history (task, and calls that may have changed something): equal histories of deterministic programs have
-equal states. A turn in which a limit of time or memory was met says so (`info["unrepeatable"]`).
+equal states. A shell command that writes no file and leaves no process is undone, so it changes nothing. A turn in
+which a limit of time or memory was met says so (`info["unrepeatable"]`).
 """
 
 from __future__ import annotations
@@ -148,7 +149,7 @@ class CodeSandboxEnv(AgentEnv):
             raise
         self._turns += 1
         said = [[c.name, c.arguments] for c in action.tool_calls if not self._only_reads(c)]
-        if said:
+        if len(said) > desk.undone:
             text = json.dumps(said, sort_keys=True, default=str)
             self._history = hashlib.sha256(f"{self._history}\n{text}".encode()).hexdigest()
         terminated = result.ended or not action.tool_calls
@@ -180,7 +181,7 @@ class CodeSandboxEnv(AgentEnv):
         return float(bool(found) and passed == len(found))
 
     def state_digest(self) -> str:
-        """Hex sha256 of everything the episode depends on: the task and all calls since its start."""
+        """Hex sha256 of all that the episode depends on: its task, and the calls that may have changed something."""
         if self._task is None:
             raise RuntimeError("there is no state before the first reset()")
         turns = self._turns if self.max_turns is not None else 0  # without a limit nothing depends on their number

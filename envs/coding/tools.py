@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 from pydantic import Field
 
 from ..core import ToolError
-from ..sandbox import Box, Output
+from ..sandbox import Box, BoxError, BoxSnapshot, Output
 from ..tools import ToolMistake, tool
 from . import testing
 
@@ -21,11 +21,33 @@ Text = Annotated[str, Field(max_length=500_000, examples=["x = 1\n"])]
 
 @dataclass
 class Desk:
-    """What the tools work on: the box of the episode, and how long a call may take. `stopped`: limits that were met."""
+    """What the tools work on: the box of the episode, and how long a call may take. `stopped`: limits that were met;
+    `undone`: commands that only looked, so that the box is as it was before them.
+    """
 
     box: Box
     seconds: float
     stopped: list[str] = field(default_factory=list)
+    undone: int = 0
+
+    def shell(self, command: str) -> Output:
+        """Run a command; one that writes no file and leaves no process is undone, so that it has changed nothing, in
+        the interpreter neither.
+        """
+        before = self._here()
+        out = self.box.shell(command, seconds=self.seconds)
+        if before is not None and not out.stopped and not out.restarted and not self.box.changed():
+            self.box.rollback(before)
+            self.undone += 1
+        return out
+
+    def _here(self) -> BoxSnapshot | None:
+        try:
+            return self.box.snapshot()
+        except BoxError as error:
+            if error.code not in ("incomplete", "full"):
+                raise
+            return None
 
 
 def _mistake(code: str, message: str, hint: str | None = None, field: str | None = None) -> NoReturn:
@@ -68,7 +90,7 @@ def _file_mistake(path: str, error: OSError) -> NoReturn:
 )
 def shell(desk: Desk, command: Annotated[str, Field(min_length=1, max_length=50_000, examples=["ls"])]) -> str:
     """Run a shell command in the interpreter's working directory; its output."""
-    return _told(desk.box.shell(command, seconds=desk.seconds), desk)
+    return _told(desk.shell(command), desk)
 
 
 @tool(effect="writes", blocking=True, other_names=("ipython", "exec", "run_python"), aliases={"source": "code"})

@@ -259,3 +259,60 @@ def test_a_box_lost_between_two_episodes_costs_neither(works: None) -> None:
         assert killed and do(env, "submit")[1] == 1.0
     finally:
         env.close()
+
+
+LOOKS = (
+    "cat work.py",
+    "ls -la; grep -n def work.py | wc -l",
+    "cd /tmp && pwd",
+    "exit 3",
+    "cat none",
+    "export A=1; x=2",
+)
+CHANGES = (
+    "touch new", "touch work.py", "mkdir -p a/b", "echo 1 > /tmp/x", "chmod 600 work.py", "rm work.py", "ln -s work.py l",
+    "echo '#' >> work.py", "sleep 30 &",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_command_that_only_looks_leads_to_the_same_state_and_one_that_changes_anything_to_another(works, kept):
+    """Whatever was written before, and whether or not the states between are kept."""
+    env = CodeSandboxEnv([TASK], seconds=10)
+    env.reset(seed=0)
+    for before in ({}, {"path": "more.py", "content": "y = 2\n"}):
+        if before:
+            do(env, "write_file", **before)
+        state = env.state_digest()
+        for command in LOOKS:
+            here = env.snapshot() if kept else None
+            do(env, "shell", command=command)
+            assert env.state_digest() == state, command
+            assert here is None or env.snapshot().digest == here.digest
+    here = env.snapshot()
+    for command in CHANGES:
+        do(env, "shell", command=command)
+        assert env.state_digest() != state, command
+        env.rollback(here)
+    both = (ToolCall("shell", {"command": "ls"}), ToolCall("write_file", {"path": "z", "content": ""}))
+    env.step(Action("", both))
+    assert env.state_digest() != state
+    env.close()
+
+
+def test_a_command_that_only_looks_leaves_no_trace_in_the_interpreter(env):
+    """So that it may be left out of the name of the state: not even who watches for programs remembers it."""
+    code = """
+import os, sys
+count = []
+def watch(event, _):
+    if event == "subprocess.Popen":
+        count.append(1)
+sys.addaudithook(watch)
+os.chdir("/tmp")"""
+    do(env, "python", code=code)
+    do(env, "shell", command="ls")
+    do(env, "shell", command="cat /workspace/work.py")
+    assert "(0, '/tmp')" in str(do(env, "python", code="len(count), os.getcwd()"))
+    do(env, "shell", command="echo 1 > /tmp/x")
+    assert "(1, '/tmp')" in str(do(env, "python", code="len(count), os.getcwd()"))
