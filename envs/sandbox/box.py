@@ -93,6 +93,7 @@ class Box:
         self._closed = False
         connection.settimeout(REPLY_SECONDS)
         family.connections.add(connection)
+        weakref.finalize(self, _leave, connection, family.connections).atexit = False
 
     def python(self, code: str, *, seconds: float | None = None, show: bool = True) -> Output:
         """Run statements in the live interpreter; `show`: the value of a last expression, too. Raises `BoxError`."""
@@ -269,6 +270,12 @@ class Box:
         if "error" in told:
             raise error_of(told)
         return told
+
+
+def _leave(connection: socket.socket, connections: set[socket.socket]) -> None:
+    """A box was collected without being closed: its branch ends."""
+    connection.close()
+    connections.discard(connection)
 
 
 def _forget(known: list[int], family: Family) -> None:

@@ -46,7 +46,7 @@ class Family:
 
 
 def _abandon(process: subprocess.Popen[bytes], groups: list[str], connections: set[socket.socket]) -> None:
-    for connection in connections:
+    for connection in list(connections):
         connection.close()
     _end(process, groups)
 

@@ -91,6 +91,22 @@ def test_a_snapshot_that_was_let_go_and_made_again_stays(box: Box) -> None:
     assert box.python("x").text == "1\n"
 
 
+def test_a_branch_that_nobody_has_any_more_ends(box: Box) -> None:
+    before = box.stats()["processes"]
+    here = box.snapshot()
+    other = box.branch(here)
+    other.python("x = 1")
+    assert box.stats()["processes"] > before
+    box.drop(here)
+    del other, here
+    for _ in range(100):
+        if box.stats()["processes"] == before:
+            break
+        time.sleep(0.05)
+    assert box.stats()["processes"] == before
+    assert box.python("1").text == "1\n"
+
+
 def test_a_box_knows_whether_files_were_written_or_processes_left(box: Box) -> None:
     for command in ("cat a.txt; ls src", "cd /tmp", "kill -9 $$"):
         box.snapshot()
