@@ -57,7 +57,7 @@ class RolloutSide:
         self._loop = Background("espalier-rollouts")
         self._runner = self._loop.call(self._make_runner(base, pool), SLACK_SECONDS)
         self._graph = pool if isinstance(pool, GraphPool) else None
-        self._counted = GraphCounts()
+        self._counted, self._counted_file = GraphCounts(), (0, 0)
         self._seconds = config.episode.max_seconds
         self._params = SamplingParams(config.sampling.temperature, config.sampling.top_p, config.sampling.top_k)
         self._published: list[int] = []
@@ -106,7 +106,9 @@ class RolloutSide:
         if notes := graph.told():
             told["notes"] = notes
         if graph.store is not None:
-            told["corrupted"], told["left_out"] = graph.store.corrupted, graph.store.left_out
+            now_file = (graph.store.corrupted, graph.store.left_out)
+            told["corrupted"], told["left_out"] = (a - b for a, b in zip(now_file, self._counted_file, strict=True))
+            self._counted_file = now_file
         return {"graph": told}
 
     def publish(self, version: PolicyVersion) -> None:

@@ -95,14 +95,16 @@ async def test_a_row_of_metrics_says_once_what_is_wrong_with_the_file(tmp_path):
     config = load("spreadsheet-tiny", ["--out", str(tmp_path), "--env.task_count", "8"])
     (tmp_path / config.name).mkdir()
     made = make_pool(config, tasklists.load(config.env, "train", 0, 8))
-    side = SimpleNamespace(_graph=made, _counted=GraphCounts())
+    side = SimpleNamespace(_graph=made, _counted=GraphCounts(), _counted_file=(0, 0))
     assert "notes" not in RolloutSide.graph_figures(side)["graph"]
     made.graph.store.put_space(SpaceRow(b"s", "env", "task", 2**70))
     made.graph.store.flush()
     made.graph.say("another")
     (other, trouble) = RolloutSide.graph_figures(side)["graph"]["notes"]
     assert other == "another" and "nothing more is stored" in trouble
-    assert "notes" not in RolloutSide.graph_figures(side)["graph"]
+    made.graph.store.corrupted += 2
+    told = [RolloutSide.graph_figures(side)["graph"] for _ in range(2)]
+    assert [row["corrupted"] for row in told] == [2, 0] and all("notes" not in row for row in told)
     await made.close()
 
 
