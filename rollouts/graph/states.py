@@ -144,9 +144,10 @@ def _digest(env: AgentEnv) -> str | None:
     if not isinstance(env, Digestible):
         return None
     try:
-        return env.state_digest()
+        found = env.state_digest()
     except Exception:  # then its states are named by their history
         return None
+    return found if isinstance(found, str) else None
 
 
 def traits_of(env: AgentEnv) -> Traits:
