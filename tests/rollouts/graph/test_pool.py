@@ -452,7 +452,7 @@ async def test_without_verification_such_a_tool_is_met_where_its_answer_must_com
     await pool.close()
 
 
-async def test_a_state_behind_an_answer_that_does_not_come_again_is_not_kept():
+async def test_a_state_behind_an_answer_that_does_not_come_again_is_not_kept(monkeypatch):
     class Here(machine.Keeping):
         delay = 0.005
 
@@ -460,6 +460,7 @@ async def test_a_state_behind_an_answer_that_does_not_come_again_is_not_kept():
             self.calls["look"] += 1
             return f" ({self.calls['look']})"
 
+    monkeypatch.setattr("espalier.rollouts.graph.live.LiveEnvs.worth", lambda *_: True)
     pool = graph_pool(Here)
     await play(pool, [[("look", {})], [("move", {"by": 1})]])
     assert pool.lives._kept
@@ -558,8 +559,9 @@ async def test_episodes_on_hits_hold_no_environment():
 
 @pytest.mark.parametrize("travels", [True, False])
 @pytest.mark.parametrize("lost", [1, 2])
-async def test_where_a_kept_state_is_gone_the_next_nearest_is_gone_on_from(travels, lost):
+async def test_where_a_kept_state_is_gone_the_next_nearest_is_gone_on_from(monkeypatch, travels, lost):
     """An environment may let states go by itself."""
+    monkeypatch.setattr("espalier.rollouts.graph.live.LiveEnvs.worth", lambda *_: True)
 
     class Here(machine.ByHistory):
         delay = 0.01
