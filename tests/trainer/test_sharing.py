@@ -130,10 +130,15 @@ def test_rows_that_share_little_within_micro_batches_run_flat(base, tmp_path):
 def test_what_attention_prepares_ends_with_the_pass(base, tmp_path):
     """Masks of all micro-batches of a batch together would be as large as the batch."""
     trainer = make(base, tmp_path, minibatches=2)
+    before = layouts()  # of other tests
     windows = trainer.windows_of(Batch(1, ROWS))  # runs every micro-batch once, for the log-probabilities before
     assert all("old_per_token_logps" in micro and "tree" in micro for window in windows for micro in window.micro)
+    assert layouts() <= before
+
+
+def layouts():
     gc.collect()
-    assert not [found for found in gc.get_objects() if type(found) is Layout]
+    return {id(found) for found in gc.get_objects() if type(found) is Layout}
 
 
 def test_a_run_says_what_it_computed(base, tmp_path):
