@@ -151,6 +151,26 @@ class GraphSection(Section):
     something else is no longer shared in that task, and the graph of that task is dropped."""
 
 
+class BranchingSection(Section):
+    """Groups that grow as trees: some episodes begin at the start, others leave one of those at a turn."""
+
+    roots: NonNegativeInt = 0
+    """Episodes of a group that begin at the start; the rest of `trainer.group_size` leave one of them. 0: all of them
+    begin there, and there are no trees."""
+    at: Literal["random", "entropy", "value"] = "random"
+    """Where trajectories are left: at any turn; at the turn whose tokens were least likely; at the turn behind which
+    outcomes vary most."""
+    rounds: PositiveInt = 1
+    """Rounds that the branches are dealt over; each looks at what ended before it."""
+    advantage: Literal["tree", "group"] = "tree"
+    """"tree": episodes are compared within their tree and, between trees, with the whole group (Tree-GRPO); "group":
+    with the whole group only."""
+    max_tokens: NonNegativeInt = 0
+    """Sampled tokens of a group; a branch that is not expected to fit is not begun. 0: no bound."""
+    max_turns: NonNegativeInt = 0
+    """Turns that a group gives to its environments; as `max_tokens`."""
+
+
 class SamplingSection(Section):
     """How training episodes are drawn."""
 
@@ -338,6 +358,8 @@ class RunConfig(Section):
     """Budgets of one episode."""
     graph: GraphSection = GraphSection()
     """Environment work done once."""
+    branching: BranchingSection = BranchingSection()
+    """Groups that grow as trees."""
     sampling: SamplingSection = SamplingSection()
     """How training episodes are drawn."""
     sampler: SamplerSection = SamplerSection()
@@ -382,3 +404,42 @@ class RunConfig(Section):
         if len(set(self.env.tools)) < len(self.env.tools):
             raise ValueError("env.tools names a tool twice")
         return self
+
+    @model_validator(mode="after")
+    def _refuse_what_no_tree_can(self) -> Self:
+        section, trainer = self.branching, self.trainer
+        if not section.roots:
+            return self
+        if section.roots >= trainer.group_size:
+            raise ValueError(
+                f"branching.roots = {section.roots} leaves none of trainer.group_size = {trainer.group_size} episodes "
+                "to branch off"
+            )
+        if section.rounds > trainer.group_size - section.roots:
+            raise ValueError(
+                f"branching.rounds = {section.rounds} are more than the {trainer.group_size - section.roots} branches"
+            )
+        if self.episode.max_turns < 2:
+            raise ValueError("branching needs episodes of two turns: episode.max_turns = 1 has none to leave one at")
+        refused = why_no_trees(trainer)
+        if refused is not None:
+            raise ValueError(f"branching: {refused}")
+        return self
+
+
+def why_no_trees(trainer: TrainerSection) -> str | None:
+    """What keeps a trainer from training groups that grew as trees; None: nothing."""
+    correction = trainer.off_policy_correction
+    weighs_sequences = {
+        'trainer.loss = "vespo"': trainer.loss == "vespo",
+        'trainer.importance_sampling_level = "sequence"': trainer.importance_sampling_level == "sequence",
+        f'trainer.off_policy_correction = "{correction}"': correction.startswith("sequence"),
+        "trainer.off_policy_mask_threshold": trainer.off_policy_mask_threshold is not None,
+    }
+    for said, is_set in weighs_sequences.items():
+        if is_set:
+            return (
+                f"{said} weighs whole sequences, but a branch trains only its own part of one, each turn with an "
+                "advantage of its own; choose what weighs tokens"
+            )
+    return None

@@ -11,6 +11,9 @@ verdict on what there is, which a `NeedStep` without a call and with `grading=Tr
 that is dropped and counted ("drop"). A turn that hit its length limit was never an action: its tokens stay in the
 record, the environment does not see them, and the episode ends; `cut_turns` says whether they are masked
 (`trained=False`) or trained. A reward of NaN is no verdict, so it becomes `Failure(UNGRADED)`, whatever else happened.
+
+A branch begins where another episode sampled a turn, behind exactly the tokens that this one was sampled behind, and
+ends for itself; what it has from its parent is in its record, masked.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -84,6 +87,17 @@ def environment_seed(seed: int, task_id: str) -> int:
     return int.from_bytes(blake2b(text, digest_size=4, person=b"environment").digest(), "little") >> 1
 
 
+@dataclass(frozen=True, slots=True)
+class _Standing:
+    """What an episode was, beside its tokens, when it asked for a turn: to branch from there."""
+
+    history: int
+    info: Mapping[str, Any]
+    reward: float
+    tool_errors: int
+    calls: int
+
+
 class _Builder:
     """A sequence in the making."""
 
@@ -106,6 +120,14 @@ class _Builder:
         self.tokens.extend(sample.tokens)
         self.logprobs.extend(sample.logprobs)
         return len(self.spans) - 1
+
+    def inherited(self, stop: int | None = None) -> _Builder:
+        """A copy up to span `stop` for a branch, which trains nothing of it."""
+        spans = [replace(span, trained=span.origin != "sampled") for span in self.spans[:stop]]
+        made = _Builder(self.tokens[: spans[-1].stop])
+        made.spans = spans
+        made.logprobs = self.logprobs[: sum(s.stop - s.start for s in spans if s.origin == "sampled")]
+        return made
 
     def build(self) -> TokenSequence | None:
         """The sequence up to its last sampled span; None when nothing was sampled in it."""
@@ -148,6 +170,33 @@ class Episode:
         self._first_prompt = 0
         self._elapsed = 0.0
         self._truncated: EndReason | None = None
+        self._before: list[_Standing] = []  # each turn
+        self._parent: str | None = None
+        self._left_at = 0
+
+    def branch(self, spec: EpisodeSpec, turn: int) -> Episode:
+        """Another episode, which begins where this one sampled `turn` (at least 1) and samples it anew.
+
+        Raises `ValueError` for a turn that was not sampled here, and for another task, seed or version.
+        """
+        if not max(self._left_at, 1) <= turn < len(self._turns):
+            raise ValueError(f"episode {self.spec.id} has no turn {turn} of its own to be left at")
+        if replace(spec, id=self.spec.id) != self.spec:
+            raise ValueError(f"{spec.id} is another kind of episode than {self.spec.id}")
+        made = Episode(spec, self._budget, self._renderer, self._overflow)
+        there, left = self._turns[turn], self._before[turn]
+        made._tools = self._tools
+        made._history = self._history[: left.history]
+        made._sequences = [whole.inherited() for whole in self._sequences[: there.sequence]]
+        made._sequences.append(self._sequences[there.sequence].inherited(there.span))
+        made._turns = [replace(t, seconds_sampling=0.0, seconds_env=0.0) for t in self._turns[:turn]]
+        made._info, made._reward = dict(left.info), left.reward
+        made._tool_errors, made._calls = left.tool_errors, left.calls
+        made._first_prompt = self._first_prompt
+        made._before = self._before[:turn]
+        made._parent, made._left_at = self.spec.id, turn
+        made._next_sample(0.0)
+        return made
 
     def begin(
         self,
@@ -286,6 +335,9 @@ class Episode:
         room = self._budget.max_tokens - len(builder.tokens)
         if room <= 0:
             return self._truncate(EndReason.MAX_TOKENS)
+        self._before.append(
+            _Standing(len(self._history), dict(self._info), self._reward, self._tool_errors, self._calls)
+        )
         self.request = NeedSample(tuple(builder.tokens), min(room, self._budget.max_turn_tokens), len(self._turns))
         return self.request
 
@@ -326,6 +378,8 @@ class Episode:
             end=reason,
             instruction=spec.task.instruction,
             info={**self._info, **counts},
+            parent=self._parent,
+            left_at=self._left_at,
         )
         self.request = Ended(trajectory)
         return self.request

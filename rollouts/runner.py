@@ -2,7 +2,8 @@
 
 Emit-everything invariant: every episode that was started ends exactly once, as a trajectory or as a typed failure,
 and its group comes back when the last of them has. Every wait has a deadline: a sample `turn_seconds`, a step or a
-reset `step_seconds`, a session's end `END_SESSION_SECONDS`. A version is leased for as long as an episode uses it.
+reset `step_seconds`, a session's end `END_SESSION_SECONDS`. A version is leased for as long as an episode uses it, for
+a group that grows as a tree (see `growth`) as long as that grows; its environments are held until then.
 """
 
 from __future__ import annotations
@@ -11,16 +12,19 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from ..configs.schema import EnvSection, EpisodeSection, Overflow
+from ..configs.schema import BranchingSection, EnvSection, EpisodeSection, Overflow
 from ..envs.core import AgentEnv, EnvFailure, Task
 from .envpool import EnvPool, EnvRaised
 from .episode import Ended, Episode, EpisodeSpec, NeedSample, NeedStep, Request, environment_seed, episode_key
+from .growth import Walk, next_points
 from .recipe import env_recipe
 from .render import ChatRenderer
 from .samplers.base import Sample, Sampler, SampleRequest, SamplerError, SamplingParams
+from .snapshots import BranchPool
 from .store import TrajectoryStore
 from .types import Failure, FailureKind, Group, Trajectory
 
@@ -34,7 +38,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class GroupSpec:
-    """`size` episodes of `task`. `id` is unique within a run; the episodes are `{id}/{0..size-1}`."""
+    """`size` episodes of `task`. `id` is unique within a run; the episodes are `{id}/{0..size-1}`. A tree whose budget
+    is used up has fewer.
+    """
 
     id: str
     task: Task
@@ -84,8 +90,12 @@ class RolloutRunner:
         store: TrajectoryStore | None = None,
         env_id: str = "",
         system_prompt: str = "",
+        branching: BranchingSection | None = None,
     ) -> None:
-        """`concurrency` episodes run at once, whoever asks for them, in environments of `pool`; `close` closes it."""
+        """`concurrency` episodes run at once, whoever asks for them, in environments of `pool`; `close` closes it.
+
+        `branching`: how groups grow, where they grow as trees; a pool that cannot branch runs chains.
+        """
         self.sampler = sampler
         self.renderer = renderer
         self.episode = episode
@@ -97,6 +107,8 @@ class RolloutRunner:
         self._env_id = env_id
         self._system_prompt = system_prompt
         self._pool = pool
+        self._branching = branching if branching is not None and branching.roots else None
+        self._trees = asyncio.Semaphore(trees_at_once(concurrency, self._branching))
 
     async def run_groups(
         self,
@@ -109,63 +121,119 @@ class RolloutRunner:
         on_group: Callable[[Group], None] | None = None,
     ) -> list[Group]:
         """Run all episodes of `specs`; groups in the order of `specs`. An episode runs on one version from start to
-        end: on `version`, or on what that gives when the episode gets its place.
+        end: on `version`, or on what that gives when the episode gets its place (a tree: when it begins to grow).
 
-        `evaluation` is said to the environments, and keeps the episodes out of the store (they must not be mistaken for
-        training data). `on_group` is called as groups finish, after they are stored. If this is cancelled, episodes in
-        flight end as `Failure(CANCELLED)` and no unfinished group is stored. Raises `StoreError` when the store cannot
-        take a group.
+        `evaluation` is said to the environments, grows no trees, and keeps the episodes out of the store (they must not
+        be mistaken for training data). `on_group` is called as groups finish, after they are stored. If this is
+        cancelled, episodes in flight end as `Failure(CANCELLED)` and no unfinished group is stored. Raises `StoreError`
+        when the store cannot take a group.
         """
         if len({s.id for s in specs}) < len(specs):
             raise ValueError("two groups have the same id")
-        done: list[list[Outcome | None]] = [[None] * spec.size for spec in specs]
-        groups: list[Group | None] = [_group(spec, []) if spec.size == 0 else None for spec in specs]
 
-        async def play(g: int, i: int) -> None:
-            spec = specs[g]
+        async def chain(spec: GroupSpec, index: int) -> Outcome:
             async with self._places:
                 number = version if isinstance(version, int) else version()
-                done[g][i] = await self._episode(spec, i, params, number, on_overflow, evaluation)
-            outcomes = [o for o in done[g] if o is not None]
-            if len(outcomes) == spec.size:
-                group = groups[g] = _group(spec, outcomes)
-                if self._store is not None and not evaluation:
-                    await asyncio.to_thread(self._store.append, group)
-                if on_group is not None:
-                    on_group(group)
+                return await self._episode(self._walk(spec, index, number, on_overflow), params, evaluation)
 
-        await together(play(g, i) for g, spec in enumerate(specs) for i in range(spec.size))
-        return [g for g in groups if g is not None]
+        async def whole(spec: GroupSpec) -> Group:
+            if self._branching is None or evaluation or spec.size <= self._branching.roots:
+                outcomes = await together(chain(spec, i) for i in range(spec.size))
+            else:
+                outcomes = await self._tree(spec, self._branching, params, version, on_overflow)
+            group = _group(spec, outcomes)
+            if spec.size and self._store is not None and not evaluation:
+                await asyncio.to_thread(self._store.append, group)
+            if spec.size and on_group is not None:
+                on_group(group)
+            return group
+
+        return await together(whole(spec) for spec in specs)
 
     async def close(self) -> None:
         """Close the environments. The sampler and the store belong to whoever made them."""
         await self._pool.close()
 
-    async def _episode(
+    async def _tree(
+        self,
+        spec: GroupSpec,
+        section: BranchingSection,
+        params: SamplingParams,
+        version: int | Callable[[], int],
+        on_overflow: Overflow | None,
+    ) -> list[Outcome]:
+        """The episodes of a group that grows as a tree; all of them run on one version."""
+        walks: list[Walk] = []
+
+        async def play(walk: Walk, parent: Walk | None) -> None:
+            async with self._places:
+                walk.outcome = await self._episode(walk, params, False, parent)
+
+        async with self._trees:
+            number = version if isinstance(version, int) else version()
+            with ExitStack() as stack:
+                leased = self._lease(stack, number)
+                stack.callback(self._let_go, walks)
+                begun = [self._walk(spec, i, number, on_overflow, leased, watched=True) for i in range(section.roots)]
+                walks += begun
+                await together(play(walk, None) for walk in begun)
+                for rounds in range(section.rounds, 0, -1):
+                    known = {walk.id: walk for walk in walks}
+                    work = []
+                    for point in next_points(spec.id, spec.size, walks, section, rounds, self.run):
+                        walk = self._walk(spec, len(walks), number, on_overflow, leased, watched=rounds > 1)
+                        parent = None if point is None else known[point.parent]
+                        if point is not None and parent is not None:
+                            walk.episode = parent.episode.branch(walk.episode.spec, point.turn)
+                            walk.marks = [None] * point.turn
+                        walks.append(walk)
+                        work.append(play(walk, parent))
+                    await together(work)
+        return [walk.outcome for walk in walks if walk.outcome is not None]
+
+    def _lease(self, stack: ExitStack, version: int) -> bool:
+        """Hold a version for a whole tree: one that is being retired takes no new leases. False: it is not served, and
+        every episode will say so itself.
+        """
+        try:
+            stack.enter_context(self.sampler.lease(version))
+        except SamplerError:
+            return False
+        return True
+
+    def _let_go(self, walks: Sequence[Walk]) -> None:
+        """Nobody will branch from these any more."""
+        for walk in walks:
+            if walk.env is not None:
+                self._pool.give(walk.env)
+                walk.env = None
+
+    def _walk(
         self,
         spec: GroupSpec,
         index: int,
-        params: SamplingParams,
         version: int,
         on_overflow: Overflow | None,
-        evaluation: bool,
+        leased: bool = False,
+        watched: bool = False,
+    ) -> Walk:
+        seed = environment_seed(self._seed, spec.task.id)
+        made = EpisodeSpec(f"{spec.id}/{index}", spec.id, spec.task, self._env_id, seed, version)
+        return Walk(Episode(made, self.episode, self.renderer, on_overflow), leased, watched)
+
+    async def _episode(
+        self, walk: Walk, params: SamplingParams, evaluation: bool, parent: Walk | None = None
     ) -> Outcome:
         """One episode, whatever happens. Raises only `CancelledError`, and counts the episode's end before that."""
-        id = f"{spec.id}/{index}"
-        episode = Episode(
-            EpisodeSpec(id, spec.id, spec.task, self._env_id, environment_seed(self._seed, spec.task.id), version),
-            self.episode,
-            self.renderer,
-            on_overflow,
-        )
+        episode = walk.episode
         self.counts.started += 1
         cancelled = False
         try:
-            with self.sampler.lease(version):
+            with nullcontext() if walk.leased else self.sampler.lease(episode.spec.version):
                 try:
-                    outcome = await self._play(episode, spec.task, params, evaluation)
+                    outcome = await self._play(walk, params, evaluation, parent)
                 finally:
-                    await self._end_session(id)
+                    await self._end_session(walk.id)
         except asyncio.CancelledError:
             cancelled, outcome = True, _failed(episode, FailureKind.CANCELLED, "the run was cancelled")
         except SamplerError as error:
@@ -177,39 +245,58 @@ class RolloutRunner:
             raise asyncio.CancelledError
         return outcome
 
-    async def _play(self, episode: Episode, task: Task, params: SamplingParams, evaluation: bool) -> Outcome:
+    async def _play(self, walk: Walk, params: SamplingParams, evaluation: bool, parent: Walk | None) -> Outcome:
         """Drive the state machine to its end with a real environment and a real sampler."""
         started = time.monotonic()
-        env: Any = None
+        episode = walk.episode
         fit = False
         try:
-            env = await self._pool.take(task.id)
-            options = {"task": task, "evaluation": True} if evaluation else {"task": task}
-            request = await self._begin(episode, env, options, started)
+            request = await (self._begin(walk, evaluation, started) if parent is None else self._part(walk, parent))
             while not isinstance(request, Ended):
                 if isinstance(request, NeedSample):
                     request = await self._sampled(episode, request, params, started)
                 else:
-                    request = await self._stepped(episode, request, env, started)
+                    request = await self._stepped(walk, request, started)
             fit = True
         except TimeoutError as error:
             return _failed(episode, FailureKind.ENV_TIMEOUT, str(error), retryable=True)
         except (EnvFailure, EnvRaised) as error:
             return _failed(episode, FailureKind.ENV, str(error), retryable=True)
         finally:
-            if env is not None:
-                (self._pool.give if fit else self._pool.drop)(env)
+            held = fit and walk.watched and walk.ended_well
+            if walk.env is not None and not held:
+                (self._pool.give if fit else self._pool.drop)(walk.env)
+                walk.env = None
         return request.outcome
 
-    async def _begin(self, episode: Episode, env: Any, options: dict[str, Any], started: float) -> Request:
-        observation, info, tools = await self._pool.reset(env, episode.spec.seed, options)
+    async def _begin(self, walk: Walk, evaluation: bool, started: float) -> Request:
+        episode, task = walk.episode, walk.episode.spec.task
+        walk.env = await self._pool.take(task.id)
+        if walk.watched and isinstance(self._pool, BranchPool):
+            self._pool.watch(walk.env)
+        options = {"task": task, "evaluation": True} if evaluation else {"task": task}
+        observation, info, tools = await self._pool.reset(walk.env, episode.spec.seed, options)
+        walk.marks.append(None)  # leaving it before its first turn is beginning anew
         return episode.begin(observation, tools, info, self._system_prompt, time.monotonic() - started)
 
-    async def _stepped(self, episode: Episode, request: NeedStep, env: Any, started: float) -> Request:
+    async def _part(self, walk: Walk, parent: Walk) -> Request:
+        """Go on where `parent` stood before the turn that is sampled anew."""
+        request = walk.episode.request
+        if not isinstance(self._pool, BranchPool) or not isinstance(request, NeedSample):
+            raise RuntimeError("an episode can be left only where its environment was marked")
+        walk.env = await self._pool.branch(parent.env, parent.marks[request.turn])
+        if walk.watched:
+            self._pool.watch(walk.env)
+        walk.marks.append(None)  # as its parent's, which is left there again instead
+        return request
+
+    async def _stepped(self, walk: Walk, request: NeedStep, started: float) -> Request:
         before = time.monotonic()
-        observation, reward, terminated, truncated, info = await self._pool.step(env, request.action)
+        observation, reward, terminated, truncated, info = await self._pool.step(walk.env, request.action)
         now = time.monotonic()
-        return episode.stepped(observation, reward, terminated, truncated, info, now - started, now - before)
+        if walk.watched:
+            walk.marks.append(self._pool.mark(walk.env) if isinstance(self._pool, BranchPool) else None)
+        return walk.episode.stepped(observation, reward, terminated, truncated, info, now - started, now - before)
 
     async def _sampled(self, episode: Episode, request: NeedSample, params: SamplingParams, started: float) -> Request:
         before = time.monotonic()
@@ -258,6 +345,13 @@ class RolloutRunner:
                 await self.sampler.end_session(session)
         except (SamplerError, TimeoutError):
             self.counts.retries += 1
+
+
+def trees_at_once(concurrency: int, section: BranchingSection | None) -> int:
+    """How many groups grow at once: twice as many as their roots fill the places, so that none waits for long for the
+    slowest of another's, and the environments that are held stay bounded.
+    """
+    return 2 * -(-concurrency // section.roots) if section is not None else 1
 
 
 async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

@@ -202,6 +202,7 @@ def _trajectory_row(t: Trajectory) -> tuple[Any, ...]:
         "sequences": [[[s.start, s.stop, s.origin, s.version, s.trained] for s in q.spans] for q in t.sequences],
         "turns": turns,
         "info": t.info,
+        **({} if t.parent is None else {"parent": t.parent, "left_at": t.left_at}),
     }
     timeless = [{**turn, "seconds_sampling": 0, "seconds_env": 0} for turn in turns]
     identity = {**kept, "info": None, "turns": timeless}
@@ -237,6 +238,8 @@ def _trajectory(row: tuple[Any, ...]) -> Trajectory:
         end=EndReason(end),
         instruction=kept["instruction"],
         info=kept["info"],
+        parent=kept.get("parent"),
+        left_at=kept.get("left_at", 0),
     )
 
 

@@ -42,8 +42,9 @@ class PolicyVersion:
 class TokenSpan:
     """`[start, stop)` of a sequence's tokens, and where they came from.
 
-    `trained=False` marks sampled tokens of a turn that a budget cut short: the environment never saw them as an action,
-    so they are kept for the record and masked in training.
+    `trained=False` marks sampled tokens that are kept for the record and masked in training: those of a turn that a
+    budget cut short, which the environment never saw as an action, and those that a branch has from its parent, in
+    whose record they are trained.
     """
 
     start: int
@@ -122,7 +123,12 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """The record of one episode. More than one sequence: the history forked (a template dropped earlier thinking)."""
+    """The record of one episode. More than one sequence: the history forked (a template dropped earlier thinking).
+
+    A branch names its `parent`, a trajectory of the same group, and `left_at`, the first turn that is its own (at least
+    1); the turns before that are the parent's, token for token, and are not trained here. Raises `ValueError` where
+    they would be.
+    """
 
     id: str
     group: str
@@ -136,6 +142,14 @@ class Trajectory:
     end: EndReason
     instruction: str = ""
     info: dict[str, Any] = field(default_factory=dict)
+    parent: str | None = None
+    left_at: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.parent is None) != (self.left_at == 0) or not 0 <= self.left_at < max(len(self.turns), 1):
+            raise ValueError(f"trajectory {self.id} cannot have left {self.parent} at turn {self.left_at}")
+        if any(self._span(turn).trained for turn in self.turns[: self.left_at]):
+            raise ValueError(f"trajectory {self.id} would train turns of its parent {self.parent} again")
 
     @property
     def truncated(self) -> bool:
@@ -144,8 +158,21 @@ class Trajectory:
 
     @property
     def sampled_tokens(self) -> int:
-        """How many tokens the policy sampled."""
-        return sum(len(s.logprobs) for s in self.sequences)
+        """How many tokens the policy sampled for it; those of its parent's turns do not count."""
+        return sum(len(s.logprobs) for s in self.sequences) - self.inherited_tokens
+
+    @property
+    def inherited_tokens(self) -> int:
+        """How many sampled tokens it has from its parent."""
+        return sum(span.stop - span.start for span in map(self._span, self.turns[: self.left_at]))
+
+    @property
+    def own_turns(self) -> int:
+        """How many turns were sampled for it."""
+        return len(self.turns) - self.left_at
+
+    def _span(self, turn: Turn) -> TokenSpan:
+        return self.sequences[turn.sequence].spans[turn.span]
 
     @property
     def versions(self) -> frozenset[int]:

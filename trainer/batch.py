@@ -16,13 +16,18 @@ import torch
 from ..rollouts.samplers.base import Sample
 from ..rollouts.types import Group, Trajectory
 from .advantage import Baseline, Scale, advantages
+from .tree_advantage import Compared, branches_of, leaf_advantages, turn_advantages
+
+TOKEN_MEAN = frozenset({"grpo", "sapo"})
+"""Losses that take the mean over a row's tokens first, so that each fork would count as much as a whole trajectory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """One sequence to train on. `mask` (what is under the loss) and `logprobs` (nats, 0 elsewhere) run over
     `tokens`. `share`: its part of its trajectory's trained tokens; 1 unless the trajectory forked, and the shares of a
-    trajectory's rows add up to 1.
+    trajectory's rows add up to 1. `advantages`: one a token where turns are credited apart (trees), 0 where nothing is
+    under the loss; empty: `advantage` everywhere.
     """
 
     tokens: tuple[int, ...]
@@ -32,11 +37,17 @@ class Row:
     trajectory: str
     group: str
     share: float = 1.0
+    advantages: tuple[float, ...] = ()
 
     @property
     def trained(self) -> int:
         """How many tokens of it are under the loss."""
         return sum(self.mask)
+
+    def by_share(self) -> Row:
+        """The row with its share in its advantages: for losses that are linear in these and count each row as one."""
+        weighed = tuple(value * self.share for value in self.advantages)
+        return replace(self, advantage=self.advantage * self.share, advantages=weighed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +71,14 @@ class BatchSource(Protocol):
         """
 
 
-def rows_of(trajectory: Trajectory, advantage: float) -> list[Row]:
-    """One row a sequence that has tokens to train; forks of a trajectory have its advantage, and share its weight."""
+def rows_of(trajectory: Trajectory, advantage: float, turns: Sequence[float] = ()) -> list[Row]:
+    """One row a sequence that has tokens to train; forks of a trajectory have its advantage, and share its weight.
+
+    `turns`: advantages of its own turns, where these differ.
+    """
     rows: list[Row] = []
-    for sequence in trajectory.sequences:
+    credited = _credited(trajectory, turns) if turns else [()] * len(trajectory.sequences)
+    for sequence, values in zip(trajectory.sequences, credited, strict=True):
         mask = sequence.trained_mask()
         if not any(mask):
             continue
@@ -76,7 +91,15 @@ def rows_of(trajectory: Trajectory, advantage: float) -> list[Row]:
         every = [next(recorded) if sampled else 0.0 for sampled in sequence.sampled_mask()]
         logprobs = tuple(value if trained else 0.0 for value, trained in zip(every, mask[:stop], strict=False))
         rows.append(
-            Row(sequence.tokens[:stop], tuple(mask[:stop]), logprobs, advantage, trajectory.id, trajectory.group)
+            Row(
+                sequence.tokens[:stop],
+                tuple(mask[:stop]),
+                logprobs,
+                advantage,
+                trajectory.id,
+                trajectory.group,
+                advantages=values[:stop],
+            )
         )
     whole = sum(row.trained for row in rows)
     return [replace(row, share=row.trained / whole) for row in rows] if len(rows) > 1 else rows
@@ -89,15 +112,42 @@ def sampled_row(prompt: Sequence[int], sample: Sample) -> Row:
     return Row((*prompt, *sample.tokens), mask, (0.0,) * lead + sample.logprobs, 0.0, "", "")
 
 
-def rows_of_groups(groups: Sequence[Group], scale: Scale, baseline: Baseline = "mean") -> list[Row]:
-    """The rows of all trajectories of `groups`, each with its advantage."""
+def _credited(trajectory: Trajectory, turns: Sequence[float]) -> list[tuple[float, ...]]:
+    """Of each sequence one number a token: that of the turn that sampled it, for own turns that are trained."""
+    values = [[0.0] * len(sequence.tokens) for sequence in trajectory.sequences]
+    for turn, value in zip(trajectory.turns[trajectory.left_at :], turns, strict=True):
+        span = trajectory.sequences[turn.sequence].spans[turn.span]
+        if span.trained:
+            values[turn.sequence][span.start : span.stop] = [value] * (span.stop - span.start)
+    return [tuple(of) for of in values]
+
+
+def rows_of_groups(
+    groups: Sequence[Group],
+    scale: Scale,
+    baseline: Baseline = "mean",
+    compared: Compared = "tree",
+    token_mean: bool = False,
+) -> list[Row]:
+    """The rows of all trajectories of `groups`, each with its advantage, those of a tree with one for each turn.
+
+    `token_mean`: for a loss of `TOKEN_MEAN`, which divides by a row's tokens where a whole path's are meant.
+    """
     values = advantages([group.rewards for group in groups], scale, baseline)
-    return [
-        row
-        for group, of_group in zip(groups, values, strict=True)
-        for trajectory, value in zip(group.trajectories, of_group, strict=True)
-        for row in rows_of(trajectory, value)
-    ]
+    places = [branches_of(group) for group in groups]
+    leaves = leaf_advantages([group.rewards for group in groups], places, compared, scale, baseline)
+    rows: list[Row] = []
+    for group, chain, leaf, branches in zip(groups, values, leaves, places, strict=True):
+        if all(branch.parent is None for branch in branches):
+            rows += [row for t, value in zip(group.trajectories, chain, strict=True) for row in rows_of(t, value)]
+            continue
+        own = [sum(sum(s.trained_mask()) for s in t.sequences) for t in group.trajectories]
+        if token_mean:
+            paths = [n + t.inherited_tokens for n, t in zip(own, group.trajectories, strict=True)]
+            leaf = [value / max(n, 1) for value, n in zip(leaf, paths, strict=True)]
+        for t, n, turns in zip(group.trajectories, own, turn_advantages(leaf, branches), strict=True):
+            rows += rows_of(t, 0.0, [value * n for value in turns] if token_mean else turns)
+    return rows
 
 
 def micro_batches(rows: Sequence[Row], size: int, by_group: bool = False) -> list[list[Row]]:
@@ -121,7 +171,11 @@ def dealt(parts: Sequence[Sequence[Row]], rank: int, count: int) -> list[list[Ro
         own = list(beside[rank]) if rank < len(beside) else []
         tokens = own[-1].tokens if own else beside[0][0].tokens[:2]
         blank = replace(
-            (own or beside[0])[-1], tokens=tokens, mask=(False,) * len(tokens), logprobs=(0.0,) * len(tokens)
+            (own or beside[0])[-1],
+            tokens=tokens,
+            mask=(False,) * len(tokens),
+            logprobs=(0.0,) * len(tokens),
+            advantages=(),
         )
         mine.append(own + [blank] * (max(map(len, beside)) - len(own)))
     return mine
@@ -152,7 +206,8 @@ def collate(rows: Sequence[Row], pad: int, device: torch.device) -> dict[str, to
     `tool_mask` alone.
 
     Shapes: prompt_ids, prompt_mask (rows, 1); completion_ids, completion_mask, tool_mask (rows, width - 1) int64;
-    sampling_per_token_logps (rows, width - 1) float32, nats; advantages (rows,) float32.
+    sampling_per_token_logps (rows, width - 1) float32, nats; advantages (rows,) float32, with turns credited apart
+    (rows, width - 1).
     """
     width = max(len(row.tokens) for row in rows)
     tokens = torch.full((len(rows), width), pad, dtype=torch.long)
@@ -172,9 +227,21 @@ def collate(rows: Sequence[Row], pad: int, device: torch.device) -> dict[str, to
         "completion_mask": real[:, 1:],
         "tool_mask": sampled[:, 1:],
         "sampling_per_token_logps": logprobs[:, 1:],
-        "advantages": torch.tensor([row.advantage for row in rows], dtype=torch.float32),
+        "advantages": _advantages(rows, width),
     }
     return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def _advantages(rows: Sequence[Row], width: int) -> torch.Tensor:
+    whole = torch.tensor([row.advantage for row in rows], dtype=torch.float32)
+    if not any(row.advantages for row in rows):
+        return whole
+    by_token = whole[:, None].repeat(1, width)
+    for i, row in enumerate(rows):
+        if row.advantages:
+            by_token[i] = 0.0
+            by_token[i, : len(row.advantages)] = torch.tensor(row.advantages, dtype=torch.float32)
+    return by_token[:, 1:]
 
 
 def shared_prefix(tokens: torch.Tensor, mask: torch.Tensor) -> int:

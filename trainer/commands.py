@@ -226,12 +226,13 @@ def inspect(args: argparse.Namespace) -> Result:
 
     store = look.open_store(run)
     trajectory = look.find_trajectory(store, args.trajectory, args.task)
+    group = store.group(trajectory.group)
     store.close()
     decode = look.decoder(run) if args.logprobs else None
     replayed = look.try_replay(run, trajectory)
     if not args.json:
-        print(look.describe(trajectory, replayed, decode))
-    return look.as_json(trajectory, replayed, decode) if args.json else {}
+        print(look.describe(trajectory, replayed, decode, group))
+    return look.as_json(trajectory, replayed, decode, group) if args.json else {}
 
 
 def _inspect_graph(run: Run, task: str | None, *, as_json: bool) -> Result:

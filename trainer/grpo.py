@@ -7,7 +7,8 @@ and the forward pass. Always true here:
 * the loss of an optimizer update is that of all its rows, however they are cut into micro-batches, and rows without a
   sampled token (filler) change nothing;
 * a trajectory counts once, forked or not: a loss that averages over sequences takes the mean over all its trained
-  tokens (of the KL term a fork's rows count one each, as TRL adds it);
+  tokens (of the KL term a fork's rows count one each, as TRL adds it); a turn that branches have in common is trained
+  in one row, with an advantage that stands for all of them (TRL takes advantages of (rows, width) by token);
 * behaviour log-probabilities are the recorded ones; no forward pass is spent to guess them;
 * only sampled positions are projected to the vocabulary.
 
@@ -20,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,7 +37,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from ..configs.schema import RunConfig
-from .batch import Batch, BatchSource, Row, collate, dealt, micro_batches, minibatches, shared_prefix
+from .batch import TOKEN_MEAN, Batch, BatchSource, Row, collate, dealt, micro_batches, minibatches, shared_prefix
 from .correction import Mode, importance_ratio
 from .errors import UserError
 from .model import load_base, load_tokenizer, logit_rules, lora_config, read_adapter, resolve_device
@@ -54,9 +55,6 @@ ROW_MEAN = frozenset({"grpo", "sapo", "luspo", "dr_grpo"})
 """Losses that TRL divides by the rows of a micro-batch. bnpo divides by its tokens, the others by
 `num_items_in_batch`.
 """
-
-TOKEN_MEAN = frozenset({"grpo", "sapo"})
-"""Losses that take the mean over a row's tokens first, so that each fork would count as much as a whole trajectory."""
 
 CISPO_HIGH = 5.0
 """Upper clip of CISPO where none is configured, as ScaleRL (arXiv 2510.13786) and TRL's documentation advise."""
@@ -253,7 +251,7 @@ class OnlineGRPOTrainer(GRPOTrainer):
         """
         rows = [row for row in batch.rows if row.trained]
         if self.loss_type in TOKEN_MEAN:  # these are linear in the advantage, so it can carry the share
-            rows = [replace(row, advantage=row.advantage * row.share) for row in rows]
+            rows = [row.by_share() for row in rows]
         parts = minibatches(rows, self._section.minibatches, seed=self._seed * 1_000_003 + batch.step)
         rank, count = self.accelerator.process_index, self.accelerator.num_processes
         windows = [

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ..rollouts.store import StoreError, TrajectoryStore
-from ..rollouts.types import Failure, Trajectory
+from ..rollouts.types import Failure, Group, Trajectory
 from .errors import UserError
 from .replay import Grid, NotReplayable, Replay, replay
 from .runs import Run
@@ -54,12 +54,18 @@ def try_replay(run: Run, trajectory: Trajectory) -> Replay | str:
         return f"not shown: {error}"
 
 
-def describe(trajectory: Trajectory, replayed: Replay | str, decode: Decode | None = None) -> str:
-    """The whole trajectory as text; with `decode` (token ids to text) every sampled token with its log-probability."""
-    return "\n".join(safe(line) for line in _lines(trajectory, replayed, decode))
+def describe(
+    trajectory: Trajectory, replayed: Replay | str, decode: Decode | None = None, group: Group | None = None
+) -> str:
+    """The whole trajectory as text; with `decode` (token ids to text) every sampled token with its log-probability;
+    with `group` its tree, where it grew as one.
+    """
+    return "\n".join(safe(line) for line in _lines(trajectory, replayed, decode, group))
 
 
-def as_json(trajectory: Trajectory, replayed: Replay | str, decode: Decode | None = None) -> dict[str, Any]:
+def as_json(
+    trajectory: Trajectory, replayed: Replay | str, decode: Decode | None = None, group: Group | None = None
+) -> dict[str, Any]:
     """The same as data."""
     body: dict[str, Any] = {
         "id": trajectory.id,
@@ -72,21 +78,56 @@ def as_json(trajectory: Trajectory, replayed: Replay | str, decode: Decode | Non
         "tokens": [len(sequence.tokens) for sequence in trajectory.sequences],
         "sampled_tokens": trajectory.sampled_tokens,
         "turns": [asdict(turn) for turn in trajectory.turns],
+        "parent": trajectory.parent,
+        "left_at": trajectory.left_at,
         "replay": replayed if isinstance(replayed, str) else asdict(replayed),
     }
+    if group is not None:
+        body["group"] = [
+            {"id": t.id, "parent": t.parent, "left_at": t.left_at, "turns": len(t.turns), "reward": t.reward}
+            for t in group.trajectories
+        ]
     if decode is not None:
         body["logprobs"] = [[decode([token]), value] for token, value in sampled(trajectory)]
     return body
 
 
-def _lines(trajectory: Trajectory, replayed: Replay | str, decode: Decode | None) -> Iterator[str]:
+def tree_lines(group: Group, shown: str | None = None) -> Iterator[str]:
+    """The trees of a group, a line a trajectory, branches below what they left and indented; nothing where none grew.
+
+    `shown`: the id that is marked.
+    """
+    if all(t.parent is None for t in group.trajectories):
+        return
+
+    def grown(parent: str | None, depth: int) -> Iterator[str]:
+        for t in group.trajectories:
+            if t.parent == parent:
+                name = t.id.removeprefix(f"{group.id}/")
+                left = f"leaves {t.parent.removeprefix(f'{group.id}/')} at turn {t.left_at + 1}, " if t.parent else ""
+                mark = "  <- this one" if t.id == shown else ""
+                yield f"  {'  ' * depth}{name}  {left}{len(t.turns)} turns, reward {t.reward:g}{mark}"
+                yield from grown(t.id, depth + 1)
+
+    yield f"tree       of group {group.id}"
+    yield from grown(None, 0)
+
+
+def _lines(trajectory: Trajectory, replayed: Replay | str, decode: Decode | None, group: Group | None) -> Iterator[str]:
     versions = ", ".join(map(str, sorted(trajectory.versions)))
     yield f"trajectory {trajectory.id}"
     yield f"task       {trajectory.task} ({trajectory.family or 'no family'})"
     yield f"policy     version {versions}"
     yield f"reward     {trajectory.reward:g}, ended: {trajectory.end.value}"
     lengths = " + ".join(str(len(sequence.tokens)) for sequence in trajectory.sequences)
-    yield f"tokens     {lengths}, of them {trajectory.sampled_tokens} sampled in {len(trajectory.turns)} turns"
+    yield f"tokens     {lengths}, of them {trajectory.sampled_tokens} sampled in {trajectory.own_turns} turns"
+    if trajectory.parent is not None:
+        yield (
+            f"parent     {trajectory.parent}, left at turn {trajectory.left_at + 1}: {trajectory.inherited_tokens} "
+            f"sampled tokens before that, in {trajectory.left_at} turns, are its"
+        )
+    if group is not None:
+        yield from tree_lines(group, trajectory.id)
     yield ""
     yield from _block("instruction", trajectory.instruction)
     if isinstance(replayed, Replay):

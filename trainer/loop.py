@@ -29,7 +29,7 @@ from .metrics import Recorder, Row
 from .parallel import Shared, follows, share, shared_end, world
 from .policy import PolicyStore, resolve_base
 from .rollout_side import RolloutSide, open_rollouts
-from .rounds import ReplaySource, batch_source, describe
+from .rounds import ReplaySource, batch_source, describe, grown
 from .run import Run, RunResult
 from .runs import claim
 
@@ -145,7 +145,9 @@ def collect(config: RunConfig, *, episodes: int | None = None, on_event: Listene
             on_event({"kind": "phase", "phase": "sampling", "time": time.time()})
         started = time.perf_counter()
         specs = [GroupSpec(f"{config.name}/collect-{begun}/{i}", task, size) for i, task in enumerate(drawn)]
-        numbers = {**describe(side.groups(specs, version.number)), **side.graph_figures()}
+        groups = side.groups(specs, version.number)
+        trees = {"branching": grown(groups)} if config.branching.roots else {}
+        numbers = {**describe(groups), **trees, **side.graph_figures()}
         seconds = time.perf_counter() - started
         return {"version": version.number, **numbers, "seconds": seconds, "tok_s": numbers["sampled_tokens"] / seconds}
 

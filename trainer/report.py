@@ -172,7 +172,22 @@ def _learning(run: Run) -> str:
     note = (
         f"{len(train)} steps, {episodes:,} episodes, {tokens:,} sampled tokens, {seconds / 60:.1f} minutes of training."
     )
-    return f'<h2>How it learnt</h2>{chart}<p class="note">{note}</p>'
+    return f'<h2>How it learnt</h2>{chart}<p class="note">{note}{_trees(train)}</p>'
+
+
+def _trees(train: Sequence[Row]) -> str:
+    """What branching saved, in a sentence; nothing where no group grew as a tree."""
+    grown = [row["branching"] for row in train if isinstance(row.get("branching"), dict)]
+    if not grown:
+        return ""
+    branches, trees, tokens, turns = (
+        sum(int(_number(one.get(name))) for one in grown)
+        for name in ("branches", "trees", "tokens_saved", "turns_saved")
+    )
+    return (
+        f" Of the episodes {trees:,} began at the start and {branches:,} left one of those at a turn, which saved "
+        f"{tokens:,} sampled tokens and {turns:,} turns of environments."
+    )
 
 
 def _families(run: Run) -> str:

@@ -207,7 +207,8 @@ class RolloutSide:
 
     def _deadline(self, episodes: int) -> float:
         waves = math.ceil(episodes / (self.config.sampler.slots * self.config.sampler.replicas))
-        return (waves + 1) * self._seconds + SLACK_SECONDS
+        rounds = self.config.branching.rounds if self.config.branching.roots else 0
+        return (waves + 1) * (1 + rounds) * self._seconds + SLACK_SECONDS  # rounds of a tree follow each other
 
     def close(self) -> None:
         """Stop sampling and close the environments and the store."""

@@ -18,14 +18,14 @@ from itertools import islice
 from statistics import fmean
 from typing import Any
 
-from ..configs.schema import RunConfig
+from ..configs.schema import RunConfig, why_no_trees
 from ..envs.core import Task
 from ..rollouts.pace import Pace
 from ..rollouts.runner import GroupSpec
 from ..rollouts.store import TrajectoryStore
 from ..rollouts.types import Group, Trajectory
 from . import tasks as tasklists
-from .batch import Batch, rows_of_groups
+from .batch import TOKEN_MEAN, Batch, rows_of_groups
 from .checkpoint import Progress
 from .errors import UserError
 from .rollout_side import RolloutSide
@@ -128,6 +128,9 @@ class ReplaySource:
             return None
         began = time.perf_counter()
         groups = list(islice(self._groups, self._config.trainer.groups))
+        refused = why_no_trees(self._config.trainer)
+        if refused is not None and any(t.parent is not None for group in groups for t in group.trajectories):
+            raise UserError(f"these trajectories grew as trees: {refused}")
         seconds = time.perf_counter() - began
         return make_batch(self._config, step, groups, seconds, self._progress.version) if groups else None
 
@@ -154,10 +157,18 @@ def make_batch(config: RunConfig, step: int, groups: Sequence[Group], seconds: f
     used = [group for group in groups if usable(group, section.drop_no_signal)][: section.groups]
     return Batch(
         step,
-        tuple(rows_of_groups(used, section.scale_rewards)),
+        tuple(
+            rows_of_groups(
+                used,
+                section.scale_rewards,
+                compared=config.branching.advantage,
+                token_mean=section.loss in TOKEN_MEAN,
+            )
+        ),
         tuple(t.id for group in groups for t in group.trajectories),
         {
             **describe(groups),
+            **({"branching": grown(groups)} if config.branching.roots else {}),
             **ages(groups, version),
             "groups_used": len(used),
             "groups_no_signal": sum(not usable(group, section.drop_no_signal) for group in groups),
@@ -200,8 +211,22 @@ def describe(groups: Sequence[Group]) -> dict[str, Any]:
         "sampled_tokens_mean": _mean([t.sampled_tokens for t in episodes]),
         "prompt_tokens_mean": _mean([_prompt_tokens(t) for t in episodes]),
         "episode_tokens_mean": _mean([max((len(s.tokens) for s in t.sequences), default=0) for t in episodes]),
+        "turns": sum(t.own_turns for t in episodes),
         "turns_mean": _mean([len(t.turns) for t in episodes]),
         "invalid_call_share": sum(t.info.get("tool_errors", 0) for t in episodes) / calls if calls else 0.0,
+    }
+
+
+def grown(groups: Sequence[Group]) -> dict[str, int]:
+    """What a metrics row says about trees: trajectories from the start and branches of them, and what these did not
+    sample and no environment did for them: tokens and turns that they have from their parents.
+    """
+    episodes = [t for group in groups for t in group.trajectories]
+    return {
+        "trees": sum(t.parent is None for t in episodes),
+        "branches": sum(t.parent is not None for t in episodes),
+        "tokens_saved": sum(t.inherited_tokens for t in episodes),
+        "turns_saved": sum(t.left_at for t in episodes),
     }
 
 

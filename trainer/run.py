@@ -60,6 +60,7 @@ class Run:
     trainer: OnlineGRPOTrainer
     held_out: Sequence[Task] = ()
     _said_sharing = False
+    _told_of_chains = False
 
     def __init__(self, config: RunConfig, folder: Path, base: Path, progress: Progress, recorder: Recorder) -> None:
         self.config, self.folder, self.base = config, folder, base
@@ -134,6 +135,7 @@ class Run:
             numbers = self._with_served_gap(batch, numbers)
         row = self._train_row(batch, numbers)
         self._say_what_is_shared()
+        self._say_when_nothing_branches(row)
         progress.seconds += row["seconds_rollout"] + row["seconds_train"]
         self._watch(row)
         self._evaluate_within()
@@ -196,6 +198,19 @@ class Run:
             return
         said = f"the token tree is not used, training goes on flat: {sharing.reason}"
         values = {"alarm": "token_tree", "value": sharing.error, "bound": sharing.limit, "message": said}
+        self.recorder.emit("alarm", step=self.progress.step, **values, stops=False)
+
+    def _say_when_nothing_branches(self, row: Row) -> None:
+        """Once: that groups which should grow as trees do not."""
+        grown = row.get("branching")
+        if not grown or grown["branches"] or not grown["trees"] or self._told_of_chains:
+            return
+        self._told_of_chains = True
+        said = (
+            "no episode could be left at a turn, so groups are chains: the environment keeps no states to branch from "
+            "(capability rollback), or episodes end in their first turn"
+        )
+        values = {"alarm": "branching", "value": 0, "bound": 1, "message": said}
         self.recorder.emit("alarm", step=self.progress.step, **values, stops=False)
 
     def _watch(self, row: Row) -> None:

@@ -39,6 +39,7 @@ from ..rollouts.samplers.vllm_limits import (
 )
 from ..rollouts.samplers.vllm_process import VllmProcess
 from ..rollouts.samplers.vllm_server import VllmServerSampler
+from ..rollouts.snapshots import SnapshotPool
 from ..rollouts.store import TrajectoryStore
 from . import tasks as tasklists
 from .errors import UserError
@@ -150,7 +151,9 @@ def make_pool(config: RunConfig, tasks: Sequence[Task]) -> EnvPool:
             pool = ProcessEnvPool(recipe, processes=processes, deadline_s=deadline_s, terse=terse)
         else:
             pool = ThreadStatePool(recipe.make, deadline_s=deadline_s, terse=terse)
-        return _with_graph(config, recipe, pool) if config.graph.enabled else pool
+        if config.graph.enabled:
+            return _with_graph(config, recipe, pool)
+        return SnapshotPool(pool) if config.branching.roots else pool
     except (ValueError, GraphStoreError) as error:
         raise UserError(str(error)) from error
 
@@ -193,4 +196,5 @@ def make_runner(
         store=store,
         env_id=config.env.id,
         system_prompt=config.env.system_prompt,
+        branching=config.branching,
     )

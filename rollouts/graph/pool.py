@@ -43,6 +43,7 @@ class Walker:
     place: Place | None = None
     live: Live | None = None
     reward: float = 0.0
+    watched: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -165,7 +166,7 @@ class GraphPool:
                 step = Step(place.node, made, edge.next, edge.essence, edge.cost)
                 return self._went(handle, step, body)
             led, done = await self._once.do(
-                (place.name, place.node, made.id), tries, partial(self._carry_out, place, made)
+                (place.name, place.node, made.id), tries, partial(self._carry_out, place, made, handle.watched)
             )
             if done is None:  # who carried it out failed
                 tries += 1
@@ -185,6 +186,27 @@ class GraphPool:
         if handle.place is not None:
             handle.place = handle.place.after(step)
         return result_of(body, (made or step.op).ids)
+
+    # the BranchPool
+
+    def watch(self, handle: Walker) -> None:
+        """See `BranchPool`. The state behind each operation that it is the first to carry out is kept."""
+        handle.watched = True
+
+    def mark(self, handle: Walker) -> tuple[Place, float] | None:
+        """See `BranchPool`: its place in the graph. None where states cannot be kept, or it is in the graph no more."""
+        place = handle.place
+        if place is None or handle.live is not None or place.name != place.space.name:
+            return None
+        return (place, handle.reward) if place.space.traits.rollback else None
+
+    async def branch(self, handle: Walker, mark: tuple[Place, float]) -> Walker:
+        """See `BranchPool`. No operation is asked for."""
+        place, reward = mark
+        made = await self.take(handle.task)
+        made.place, made.reward = place, reward
+        place.space.active += 1
+        return made
 
     def give(self, handle: Walker) -> None:
         """The episode ended well."""
@@ -278,10 +300,11 @@ class GraphPool:
             self.pool.forget(live.handle, came.kept)
         self.lives.give(live)
 
-    async def _carry_out(self, place: Place, made: Operation) -> _Done:
+    async def _carry_out(self, place: Place, made: Operation, watched: bool) -> _Done:
         """Carry out an operation that the graph does not know, and keep what may be kept."""
         space = place.space
-        live, came = await self._reach.carried_out(place, made.action, self._reach.worth(place))
+        keep = watched and place.name == space.name and space.traits.rollback
+        live, came = await self._reach.carried_out(place, made.action, keep or self._reach.worth(place))
         found = outcome(came.result)
         if found is None or place.name != space.name:
             if came.kept is not None:
