@@ -168,7 +168,7 @@ class BranchingSection(Section):
     max_tokens: NonNegativeInt = 0
     """Sampled tokens of a group; a branch that is not expected to fit is not begun. 0: no bound."""
     max_turns: NonNegativeInt = 0
-    """Turns that a group gives to its environments; as `max_tokens`."""
+    """Turns of a group, each of which is a step of an environment; as `max_tokens`."""
 
 
 class SamplingSection(Section):

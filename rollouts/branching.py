@@ -30,7 +30,9 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """What a group has used up, or a branch is expected to: sampled tokens, and turns given to an environment."""
+    """What a group has used up, or a branch is expected to: sampled tokens, and turns, each a step of an environment
+    unless a limit cut it.
+    """
 
     tokens: int = 0
     turns: int = 0

@@ -101,3 +101,31 @@ def test_grids_are_those_of_the_workbook(make_run, episodes, task, target):
     sheet, row, column = target
     assert found.before[sheet].at(row - 1, column - 1).text != "1"
     assert found.after[sheet].at(row - 1, column - 1).text == "1"
+
+
+def branch_of(parent, id, left_at, reward):
+    """An episode that left `parent` at a turn, as if it had then done the same."""
+    [sequence] = parent.sequences
+    before = {turn.span for turn in parent.turns[:left_at]}
+    spans = tuple(replace(span, trained=i not in before) for i, span in enumerate(sequence.spans))
+    own = (replace(sequence, spans=spans),)
+    return replace(parent, id=id, sequences=own, reward=reward, parent=parent.id, left_at=left_at)
+
+
+def test_a_groups_tree_is_shown(make_run, episodes, capfd):
+    late = episodes[1]
+    branch = branch_of(late, "g1/1", 1, 0.0)
+    folder = make_run(trajectories=[late, branch])
+    code, out, _ = show(capfd, str(folder), "--trajectory", "g1/1")
+    assert code == 0 and "tokens     9, of them 2 sampled in 1 turns" in out
+    assert "parent     g1/0, left at turn 2: 2 sampled tokens before that, in 1 turns, are its" in out
+    lines = out[out.index("tree       of group g1") :].splitlines()[1:3]
+    assert lines == ["  0  2 turns, reward 1", "    1  leaves 0 at turn 2, 2 turns, reward 0  <- this one"]
+    found = json.loads(show(capfd, str(folder), "--trajectory", "g1/1", "--json")[1])
+    assert (found["parent"], found["left_at"]) == ("g1/0", 1)
+    assert [(t["id"], t["parent"]) for t in found["group"]] == [("g1/0", None), ("g1/1", "g1/0")]
+
+
+def test_control_a_group_of_chains_shows_no_tree(make_run, episodes, capfd):
+    out = show(capfd, str(make_run(trajectories=episodes)))[1]
+    assert "tree" not in out and "parent" not in out
