@@ -227,6 +227,42 @@ def test_events_out_of_order_are_bugs(plain):
         episode.fail(FailureKind.INTERNAL, "twice")
 
 
+def test_a_branch_has_the_turns_before_and_its_own_end(plain):
+    episode = begun(plain)
+    one, two = sample(plain, adding.call("add", n=3)), sample(plain, adding.call("add", n=4))
+    episode.sampled(one, 0.1, 0.5)
+    second = episode.stepped(TOOL, 0.25, False, False, {"tool_errors": 1, "seen": "once"}, 0.2, 0.5).prompt
+    episode.sampled(two, 0.3)
+    episode.stepped(TOOL, 0.5, False, False, {"tool_errors": 1, "seen": "twice"}, 0.4)
+    episode.sampled(sample(plain, "done"), 0.5)
+    parent = finish(episode)
+    branch = episode.branch(replace(spec(), id="g/1"), 1)
+    assert branch.request == NeedSample(second, 200, 1)
+    other = sample(plain, "no more", logprob=-3.0)
+    branch.sampled(other, 0.1)
+    made = finish(branch, 0.0)
+    assert (made.id, made.parent, made.left_at, made.reward) == ("g/1", "g/0", 1, 0.25)
+    assert (made.info["seen"], made.info["tool_errors"], made.info["calls"]) == ("once", 1, 1)
+    assert made.turns[0] == replace(parent.turns[0], seconds_sampling=0.0, seconds_env=0.0)
+    (sequence,) = made.sequences
+    assert sequence.tokens == (*second, *other.tokens) and sequence.logprobs == one.logprobs + other.logprobs
+    assert [s.trained for s in sequence.spans if s.origin == "sampled"] == [False, True]
+    assert sum(sequence.trained_mask()) == made.sampled_tokens == len(other.tokens)
+    assert all(s.trained for s in parent.sequences[0].spans) and parent.parent is None
+
+
+def test_what_cannot_be_left_is_refused(plain):
+    episode = begun(plain)
+    episode.sampled(sample(plain, adding.call("add", n=3)), 0.1)
+    episode.stepped(TOOL, 0.0, False, False, {}, 0.2)
+    for turn in (0, 1, 2):  # its first, one not sampled yet, one never asked for
+        with pytest.raises(ValueError, match=f"no turn {turn} of its own"):
+            episode.branch(replace(spec(), id="g/1"), turn)
+    episode.sampled(sample(plain, "done"), 0.1)
+    with pytest.raises(ValueError, match="another kind of episode"):
+        episode.branch(replace(spec(version=4), id="g/1"), 1)
+
+
 def test_keys_and_seeds_depend_on_all_their_parts_and_on_nothing_else():
     parts = [("r", "g/0", 0), ("s", "g/0", 0), ("r", "g/1", 0), ("r", "g/0", 1), ("r", "g", 0), ("rg", "/0", 0)]
     assert len({episode_key(*p) for p in parts}) == len(parts)
@@ -259,6 +295,9 @@ def check(trajectory, seen, made, logprobs):
     assert sampled == made and recorded == [p for turn in logprobs for p in turn]
     marked = sum(s.origin == "sampled" for q in trajectory.sequences for s in q.spans)
     assert marked == len(trajectory.turns), "every sampled turn stands in exactly one span"
+    own = sum(map(len, made[trajectory.left_at :]))
+    assert trajectory.sampled_tokens == own and trajectory.inherited_tokens == sum(map(len, made)) - own
+    assert trajectory.info["calls"] == sum(len(turn.calls) for turn in trajectory.turns)
 
 
 class Machine(RuleBasedStateMachine):
@@ -338,6 +377,20 @@ class Machine(RuleBasedStateMachine):
             with pytest.raises(EpisodeOrderError):
                 event()
         assert self.episode.request is before
+
+    @precondition(lambda self: self.waits_for(Ended) and isinstance(self.episode.request.outcome, Trajectory))
+    @rule(data=st.data())
+    def leave(self, data):
+        """Go on as a branch of the episode that has ended; that stays as it was."""
+        parent = self.episode.request.outcome
+        if len(parent.turns) <= max(parent.left_at, 1):
+            return
+        turn = data.draw(st.integers(max(parent.left_at, 1), len(parent.turns) - 1))
+        branch = self.episode.branch(replace(self.episode.spec, id=f"{parent.id}+"), turn)
+        assert branch.request == NeedSample(self.seen[turn], branch.request.max_tokens, turn)
+        check(parent, self.seen, self.made, self.logprobs)
+        self.episode, self.ends, self.elapsed = branch, 0, 0.0
+        self.seen, self.made, self.logprobs = self.seen[:turn], self.made[:turn], self.logprobs[:turn]
 
     @invariant()
     def ends_once(self):

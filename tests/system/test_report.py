@@ -119,3 +119,12 @@ def test_the_command_prints_where_the_page_is(make_run, capfd):
     folder = make_run()
     assert main(["report", str(folder)]) == 0
     assert capfd.readouterr().out.strip() == str(folder / "report.html")
+
+
+def test_what_branching_saved_is_said(make_run, rows, train_row):
+    grown = {"trees": 100, "branches": 1156, "tokens_saved": 4321, "turns_saved": 1200}
+    _, text = read(write_report(make_run(rows=[*rows, train_row(3, branching=grown)])))
+    assert "100 began at the start and 1,156 left one of those at a turn" in text
+    assert "saved 4,321 sampled tokens and 1,200 turns" in text
+    _, chains = read(write_report(make_run(rows=rows, name="chains")))
+    assert "began at the start" not in chains

@@ -112,3 +112,22 @@ def test_the_graph_is_closed_within_the_time_that_a_run_gives_it():
     """A check that hangs, and a file that another process holds, must not fail a run that has trained to its end."""
     workers = 2 * envprocess.CLOSE_SECONDS + envprocess.LAST_WORDS_SECONDS
     assert pool.CLOSE_SECONDS + workers + store.FLUSH_SECONDS < rollout_side.SLACK_SECONDS
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+async def test_trees_of_spreadsheets_do_not_depend_on_the_graph(tmp_path, processes):
+    """The same with branches: in the graph, or from snapshots, in this process or in another."""
+    words = ["--out", str(tmp_path), "--env.task_count", "8", "--env.processes", str(processes)]
+    words += ["--sampler.slots", "12", "--branching.roots", "2", "--branching.rounds", "2", "--branching.at", "entropy"]
+    on, off = load("spreadsheet-tiny", words), load("spreadsheet-tiny", [*words, "--graph.enabled", "false"])
+    base = resolve_base("tiny")
+    version = PolicyStore(tmp_path / "policies", base).base_version
+    tasks = tasklists.load(on.env, "train", 0, 8)[:2]
+    without, asked_without, _ = await episodes(off, tasks, version, base)
+    with_graph, asked, envs = await episodes(on, tasks, version, base)
+    assert with_graph == without and asked == asked_without
+    everything = [t for group in without for t in group.trajectories]
+    assert len(everything) == 12 and sum(t.parent is not None for t in everything) >= 4
+    assert envs.counts.replayed == envs.counts.mismatches == 0
+    own = sum(t.own_turns for t in everything) + sum(t.parent is None for t in everything)
+    assert envs.counts.requested <= own, "nothing was asked for again (a turn that was cut is not asked for at all)"
