@@ -43,6 +43,13 @@ class Walk:
         return isinstance(request, Ended) and isinstance(request.outcome, Trajectory)
 
 
+def trees_at_once(concurrency: int, section: BranchingSection | None) -> int:
+    """How many groups grow at once: twice as many as their roots fill the places, so that none waits for long for the
+    slowest of another's, and the environments that are held stay bounded.
+    """
+    return 2 * -(-concurrency // section.roots) if section is not None and section.roots else 1
+
+
 def next_points(
     group: str, size: int, walks: Sequence[Walk], section: BranchingSection, rounds: int, run: str
 ) -> list[Point | None]:

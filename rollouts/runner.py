@@ -20,7 +20,7 @@ from ..configs.schema import BranchingSection, EnvSection, EpisodeSection, Overf
 from ..envs.core import AgentEnv, EnvFailure, Task
 from .envpool import EnvPool, EnvRaised
 from .episode import Ended, Episode, EpisodeSpec, NeedSample, NeedStep, Request, environment_seed, episode_key
-from .growth import Walk, next_points
+from .growth import Walk, next_points, trees_at_once
 from .recipe import env_recipe
 from .render import ChatRenderer
 from .samplers.base import Sample, Sampler, SampleRequest, SamplerError, SamplingParams
@@ -108,7 +108,7 @@ class RolloutRunner:
         self._system_prompt = system_prompt
         self._pool = pool
         self._branching = branching if branching is not None and branching.roots else None
-        self._trees = asyncio.Semaphore(trees_at_once(concurrency, self._branching))
+        self._trees = asyncio.Semaphore(trees_at_once(concurrency, branching))
 
     async def run_groups(
         self,
@@ -345,13 +345,6 @@ class RolloutRunner:
                 await self.sampler.end_session(session)
         except (SamplerError, TimeoutError):
             self.counts.retries += 1
-
-
-def trees_at_once(concurrency: int, section: BranchingSection | None) -> int:
-    """How many groups grow at once: twice as many as their roots fill the places, so that none waits for long for the
-    slowest of another's, and the environments that are held stay bounded.
-    """
-    return 2 * -(-concurrency // section.roots) if section is not None else 1
 
 
 async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

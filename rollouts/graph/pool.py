@@ -37,13 +37,16 @@ CLOSE_SECONDS = 15.0
 
 @dataclass(slots=True, eq=False)
 class Walker:
-    """An episode's handle. `live`: its own environment, from where it may share no more."""
+    """An episode's handle. `live`: its own environment, from where it may share no more. `watched`: others may branch
+    from it; `rooted`: for these an environment stays at the start of its task.
+    """
 
     task: str
     place: Place | None = None
     live: Live | None = None
     reward: float = 0.0
     watched: bool = False
+    rooted: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -80,6 +83,7 @@ class GraphPool:
         self._env_id, self._identity = env_id, identity
         self._most_live, self._verify_share, self._patience = live, verify_share, patience_s
         self._walkers = 0
+        self._rooted = 0
         self.lives = LiveEnvs(pool, graph.counts, self._limit, kept_bytes)
         self._reach = Reach(pool, graph, self.lives)
         self._once = Once(_abandon(self.lives))
@@ -89,7 +93,7 @@ class GraphPool:
         self._closed = False
 
     def _limit(self) -> int:
-        return self._most_live or max(self._walkers, 1)
+        return self._most_live or max(self._walkers + self._rooted, 1)
 
     # the EnvPool
 
@@ -135,6 +139,8 @@ class GraphPool:
             tries += 1
         assert space.row.root is not None
         handle.place = replace(place, node=space.row.root)
+        handle.rooted = handle.watched and space.traits.rollback and not space.traits.travels
+        self._rooted += handle.rooted
         return opening
 
     async def step(self, handle: Walker, action: Action) -> StepResult:
@@ -231,6 +237,7 @@ class GraphPool:
             handle.place.space.active -= 1
             handle.place = None
         self._walkers -= 1
+        self._rooted -= handle.rooted
         self.lives.trim()
 
     async def close(self) -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 import growing
 import machine
 import pytest
+from espalier.configs.schema import BranchingSection
 from espalier.envs.core import EnvFailure
 from espalier.rollouts.branching import Point, choose, forecast, spent, spread, surprisal
 from espalier.rollouts.envpool import ThreadEnvPool
 from espalier.rollouts.episode import episode_key
-from espalier.rollouts.runner import trees_at_once
+from espalier.rollouts.growth import trees_at_once
 from espalier.rollouts.samplers.scripted import Fail, Hang
 from espalier.rollouts.snapshots import BranchPool, SnapshotPool
 from espalier.rollouts.store import TrajectoryStore
@@ -287,9 +288,8 @@ async def test_trees_are_stored_whole_and_come_back(plain, tmp_path):
 
 
 def test_the_environments_that_are_held_are_bounded():
-    from espalier.configs.schema import BranchingSection
-
-    assert trees_at_once(64, BranchingSection(roots=4)) == 32 and trees_at_once(64, None) == 1
+    assert trees_at_once(64, BranchingSection(roots=4)) == 32 and trees_at_once(3, BranchingSection(roots=2)) == 4
+    assert trees_at_once(64, None) == trees_at_once(64, BranchingSection()) == 1
 
 
 def test_pools_say_whether_they_can_branch():
