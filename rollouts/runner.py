@@ -130,25 +130,36 @@ class RolloutRunner:
         """
         if len({s.id for s in specs}) < len(specs):
             raise ValueError("two groups have the same id")
+        done: list[list[Outcome | None]] = [[None] * spec.size for spec in specs]
+        groups: list[Group | None] = [_group(spec, []) if spec.size == 0 else None for spec in specs]
 
-        async def chain(spec: GroupSpec, index: int) -> Outcome:
+        async def ended(g: int, outcomes: Sequence[Outcome]) -> None:
+            group = groups[g] = _group(specs[g], outcomes)
+            if self._store is not None and not evaluation:
+                await asyncio.to_thread(self._store.append, group)
+            if on_group is not None:
+                on_group(group)
+
+        async def chain(g: int, i: int) -> None:
             async with self._places:
                 number = version if isinstance(version, int) else version()
-                return await self._episode(self._walk(spec, index, number, on_overflow), params, evaluation)
+                walk = self._walk(specs[g], i, number, on_overflow)
+                done[g][i] = await self._episode(walk, params, evaluation)
+            outcomes = [o for o in done[g] if o is not None]
+            if len(outcomes) == specs[g].size:
+                await ended(g, outcomes)
 
-        async def whole(spec: GroupSpec) -> Group:
+        async def tree(g: int, section: BranchingSection) -> None:
+            await ended(g, await self._tree(specs[g], section, params, version, on_overflow))
+
+        work: list[Coroutine[Any, Any, None]] = []
+        for g, spec in enumerate(specs):
             if self._branching is None or evaluation or spec.size <= self._branching.roots:
-                outcomes = await together(chain(spec, i) for i in range(spec.size))
+                work += [chain(g, i) for i in range(spec.size)]
             else:
-                outcomes = await self._tree(spec, self._branching, params, version, on_overflow)
-            group = _group(spec, outcomes)
-            if spec.size and self._store is not None and not evaluation:
-                await asyncio.to_thread(self._store.append, group)
-            if spec.size and on_group is not None:
-                on_group(group)
-            return group
-
-        return await together(whole(spec) for spec in specs)
+                work.append(tree(g, self._branching))
+        await together(work)
+        return [g for g in groups if g is not None]
 
     async def close(self) -> None:
         """Close the environments. The sampler and the store belong to whoever made them."""
