@@ -24,6 +24,7 @@ from .growth import Walk, next_points, trees_at_once
 from .recipe import env_recipe
 from .render import ChatRenderer
 from .samplers.base import Sample, Sampler, SampleRequest, SamplerError, SamplingParams
+from .samplers.greedy import GreedyOnce
 from .snapshots import BranchPool
 from .store import TrajectoryStore
 from .types import Failure, FailureKind, Group, Trajectory
@@ -97,6 +98,7 @@ class RolloutRunner:
         `branching`: how groups grow, where they grow as trees; a pool that cannot branch runs chains.
         """
         self.sampler = sampler
+        self._answers = GreedyOnce(sampler)
         self.renderer = renderer
         self.episode = episode
         self.counts = RunnerCounts()
@@ -340,7 +342,7 @@ class RolloutRunner:
         async with asyncio.timeout(request.deadline_s):
             for attempt in range(RETRIES + 1):
                 try:
-                    return await self.sampler.sample(request)
+                    return await self._answers.sample(request)
                 except SamplerError as error:
                     if not error.retryable or attempt == RETRIES:
                         raise

@@ -21,9 +21,9 @@ from typing import Any
 
 from ...envs.core import Action, EnvFailure, Task
 from ..envpool import EnvRaised, Opening, StepResult
+from ..once import ALONE, Once
 from .core import EVERYTHING, OperationGraph, opening_of
 from .live import Live, LiveEnvs
-from .once import ALONE, Once
 from .operation import Operation, observed, operation, outcome, result_of
 from .reach import Place, Reach, Step
 from .statepool import StatePool
@@ -86,7 +86,7 @@ class GraphPool:
         self._rooted = 0
         self.lives = LiveEnvs(pool, graph.counts, self._limit, kept_bytes)
         self._reach = Reach(pool, graph, self.lives)
-        self._once = Once(_abandon(self.lives))
+        self._once = Once(_abandon(self.lives), partial(EnvFailure, "pool_closed", "the environments have been closed"))
         self._due = 0.0
         self._checks: set[asyncio.Task[None]] = set()
         self._checking = asyncio.Lock()

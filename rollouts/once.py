@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-from ...envs.core import EnvFailure
-
 T = TypeVar("T")
 
 ALONE = 2
@@ -30,17 +28,19 @@ class _Flight(Generic[T]):
 
 
 class Once:
-    """See the module. `abandoned` gets what was made for a caller who began it and has gone."""
+    """See the module. `abandoned` gets what was made for a caller who began it and has gone; `closed` makes the error
+    of those who wait when it is closed.
+    """
 
-    def __init__(self, abandoned: Callable[[Any], None]) -> None:
-        self._abandoned = abandoned
+    def __init__(self, abandoned: Callable[[Any], None], closed: Callable[[], Exception]) -> None:
+        self._abandoned, self._closed = abandoned, closed
         self._flights: dict[Hashable, _Flight[Any]] = {}
 
     def __len__(self) -> int:
         return len(self._flights)
 
     async def close(self, seconds: float) -> None:
-        """End what is under way, within `seconds`; whoever waits is told that the environments were closed."""
+        """End what is under way, within `seconds`; whoever waits is told so."""
         tasks = [flight.task for flight in self._flights.values()]
         for task in tasks:
             task.cancel()
@@ -65,7 +65,7 @@ class Once:
         except asyncio.CancelledError:
             flight.leaderless |= led
             if flight.task.cancelled() and not _being_cancelled():
-                raise EnvFailure("pool_closed", "the environments have been closed") from None
+                raise self._closed() from None
             if flight.leaderless and flight.task.done():
                 self._abandon(flight.task)
             raise
