@@ -94,7 +94,7 @@ def train_claimed(
 
 def follow(config: RunConfig) -> RunResult:
     """Train in a process that is not the run's first, on what the first one gives it, until that ends the run."""
-    from .grpo import build
+    from .grpo.trainer import build
 
     base = resolve_base(config.policy.base)
     with _torch(config.trainer.threads):

@@ -29,7 +29,7 @@ from .rollout_side import RolloutSide
 if TYPE_CHECKING:
     import torch
 
-    from .grpo import OnlineGRPOTrainer
+    from .grpo.trainer import OnlineGRPOTrainer
 
 GAP_PROMPTS = 4
 """Prompts on which a version just published is compared with the trainer, where older versions sample the batches."""
@@ -71,7 +71,7 @@ class Run:
 
     def build(self, source: BatchSource, checkpoint: Checkpoint | None) -> None:
         """Load the model and put it where the checkpoint left it."""
-        from .grpo import build
+        from .grpo.trainer import build
 
         self.trainer = build(
             self.config,

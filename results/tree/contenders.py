@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from espalier.configs.schema import RunConfig
 from espalier.trainer.batch import Batch, Row, collate
-from espalier.trainer.grpo import OnlineGRPOTrainer, Window, grpo_config
+from espalier.trainer.grpo.config import grpo_config
+from espalier.trainer.grpo.trainer import OnlineGRPOTrainer, Window
 from espalier.trainer.model import load_tokenizer, lora_config
 from espalier.trainer.policy import resolve_base
 from espalier.trainer.tree.core import TokenTree, grow

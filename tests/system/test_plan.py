@@ -51,7 +51,7 @@ def test_the_published_models_have_their_published_sizes():
 
 
 def test_the_tile_is_the_trainers():
-    from espalier.trainer.grpo import VOCAB_TILE
+    from espalier.trainer.grpo.trainer import VOCAB_TILE
 
     assert LOGIT_TILE == VOCAB_TILE
 

@@ -10,7 +10,8 @@ import torch
 import toy
 from espalier.configs.schema import RunConfig
 from espalier.trainer.batch import Batch
-from espalier.trainer.grpo import LOSS_TYPES, build
+from espalier.trainer.grpo.config import LOSS_TYPES
+from espalier.trainer.grpo.trainer import build
 from espalier.trainer.loop import train
 from espalier.trainer.parallel import Shared, follows, shared_end, world
 from random_rows import branching_rows, make_rows

@@ -7,7 +7,7 @@ import pytest
 import torch
 from espalier.rollouts.types import EndReason, Group, TokenSequence, TokenSpan, Trajectory, Turn
 from espalier.trainer.batch import TOKEN_MEAN, Row, collate, dealt, rows_of, rows_of_groups
-from espalier.trainer.grpo import LOSS_TYPES
+from espalier.trainer.grpo.config import LOSS_TYPES
 from espalier.trainer.tree_advantage import branches_of, leaf_advantages
 from random_rows import VOCAB
 from updates import changed, gradient, make

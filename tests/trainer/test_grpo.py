@@ -10,7 +10,8 @@ import pytest
 import torch
 from espalier.trainer.batch import Batch, Row, collate, micro_batches, minibatches
 from espalier.trainer.errors import UserError
-from espalier.trainer.grpo import CISPO_HIGH, LOSS_TYPES, OnlineGRPOTrainer, Window, build
+from espalier.trainer.grpo.config import CISPO_HIGH, LOSS_TYPES
+from espalier.trainer.grpo.trainer import OnlineGRPOTrainer, Window, build
 from espalier.trainer.model import logit_rules
 from transformers import AutoModelForCausalLM, AutoTokenizer, CohereConfig, Gemma2Config, GraniteConfig
 from trl import GRPOTrainer
@@ -268,7 +269,7 @@ def test_capped_and_scaled_logits_are_those_of_the_model_itself(base, make_rows,
         expected = torch.log_softmax(logits, -1).gather(-1, micro["completion_ids"][..., None])[..., 0]
         assert torch.allclose(logps[mask], expected[mask], atol=1e-5)
         assert logit_rules(trainer.adapter.get_base_model().config) == rules
-        monkeypatch.setattr("espalier.trainer.grpo.logit_rules", lambda config: (None, 1.0))
+        monkeypatch.setattr("espalier.trainer.grpo.trainer.logit_rules", lambda config: (None, 1.0))
         plain, _ = trainer._score(trainer.model, micro)
         assert not torch.allclose(plain[mask], expected[mask], atol=1e-2), "control: without them the numbers differ"
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import toy
 from espalier.trainer.batch import Row, dealt
-from espalier.trainer.grpo import LOSS_TYPES
+from espalier.trainer.grpo.config import LOSS_TYPES
 from espalier.trainer.policy import PolicyStore
 from hypothesis import given
 from hypothesis import strategies as st

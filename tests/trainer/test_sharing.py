@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 from espalier.trainer.batch import Batch, Row, collate
-from espalier.trainer.grpo import LOSS_TYPES
+from espalier.trainer.grpo.config import LOSS_TYPES
 from espalier.trainer.tree import models, sharing
 from espalier.trainer.tree.attention import Layout
 from espalier.trainer.tree.core import grow

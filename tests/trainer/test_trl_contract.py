@@ -9,7 +9,7 @@ import importlib.metadata
 import inspect
 
 import pytest
-from espalier.trainer.grpo import OnlineGRPOTrainer
+from espalier.trainer.grpo.trainer import OnlineGRPOTrainer
 from transformers import Trainer
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.grpo_trainer import GRPOTrainer

@@ -3,7 +3,7 @@
 import torch
 from espalier.configs.schema import RunConfig
 from espalier.trainer.batch import Batch
-from espalier.trainer.grpo import build
+from espalier.trainer.grpo.trainer import build
 
 
 class Fixed:

@@ -12,7 +12,7 @@ and the forward pass. Always true here:
 * behaviour log-probabilities are the recorded ones; no forward pass is spent to guess them;
 * only sampled positions are projected to the vocabulary.
 
-This module alone knows TRL. `tests/trainer/test_trl_contract.py` pins the methods that are overridden or
+This folder alone knows TRL. `tests/trainer/test_trl_contract.py` pins the methods that are overridden or
 relied upon.
 """
 
@@ -36,34 +36,20 @@ from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from ..configs.schema import RunConfig
-from .batch import TOKEN_MEAN, Batch, BatchSource, Row, collate, dealt, micro_batches, minibatches, shared_prefix
-from .correction import Mode, importance_ratio
-from .errors import UserError
-from .model import load_base, load_tokenizer, logit_rules, lora_config, read_adapter, resolve_device
-from .parallel import WAIT_SECONDS, add_up, gathered
-from .tally import Tally
-from .tree.core import TokenTree
-from .tree.models import no_mask
-from .tree.packing import unique_tokens
-from .tree.sharing import Gradient, Sharing
-
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
-"""Every loss of TRL 1.16 (the contract test reads TRL's source and compares)."""
-
-ROW_MEAN = frozenset({"grpo", "sapo", "luspo", "dr_grpo"})
-"""Losses that TRL divides by the rows of a micro-batch. bnpo divides by its tokens, the others by
-`num_items_in_batch`.
-"""
-
-CISPO_HIGH = 5.0
-"""Upper clip of CISPO where none is configured, as ScaleRL (arXiv 2510.13786) and TRL's documentation advise."""
+from ...configs.schema import RunConfig
+from ..batch import TOKEN_MEAN, Batch, BatchSource, Row, collate, dealt, micro_batches, minibatches
+from ..correction import Mode, importance_ratio
+from ..model import load_base, load_tokenizer, logit_rules, lora_config, read_adapter, resolve_device
+from ..parallel import add_up, gathered
+from ..tally import Tally
+from ..tree.core import TokenTree
+from ..tree.packing import unique_tokens
+from ..tree.sharing import Gradient, Sharing
+from .config import ROW_MEAN, grpo_config
+from .forward import hidden_flat, hidden_tree, shared_tokens
 
 VOCAB_TILE = 32768
 """Vocabulary entries projected at once."""
-
-SHORTEST_SHARED = 16
-"""Tokens of a common prompt from which on running it once is worth a second pass."""
 
 Tensors = dict[str, Any]
 
@@ -109,66 +95,14 @@ def _same(value: Any) -> Any:
     return value
 
 
+def _tokens(micro: Tensors) -> torch.Tensor:
+    """The rows of a micro-batch: (rows, width)."""
+    return torch.cat([micro["prompt_ids"], micro["completion_ids"]], dim=1)
+
+
 def _rewards_come_with_the_batch(*_: Any, **__: Any) -> list[float | None]:
     """TRL wants a reward function; ours is the environment, long before."""
     raise RuntimeError("rewards come with the batch")
-
-
-def grpo_config(config: RunConfig, output: str, updates: int, cpu: bool) -> GRPOConfig:
-    """TRL's configuration of a run with `updates` optimizer updates to come. Raises UserError for what TRL cannot
-    do.
-    """
-    section = config.trainer
-    if section.loss not in LOSS_TYPES:
-        raise UserError(f'trainer.loss = "{section.loss}" is not a loss of TRL; choose one of {", ".join(LOSS_TYPES)}')
-    correction = section.off_policy_correction
-    if section.loss == "vespo" and correction.startswith("sequence"):
-        raise UserError(
-            'trainer.loss = "vespo" weighs sequences itself; set trainer.off_policy_correction to '
-            '"token_truncate", "token_mask" or "none"'
-        )
-    high = section.epsilon_high
-    return GRPOConfig(
-        output_dir=output,
-        seed=config.seed,
-        use_cpu=cpu,
-        ddp_timeout=WAIT_SECONDS,
-        bf16=False,  # the base is loaded in its dtype and the adapter stays fp32: no autocast
-        max_steps=max(updates, 1),
-        per_device_train_batch_size=2,  # of the placeholder data set; our rows are cut by `micro_batches`
-        gradient_accumulation_steps=1,
-        num_generations=2,
-        max_completion_length=config.episode.max_tokens,
-        temperature=config.sampling.temperature,
-        loss_type=section.loss,
-        importance_sampling_level=section.importance_sampling_level,
-        epsilon=section.epsilon,
-        epsilon_high=CISPO_HIGH if high is None and section.loss == "cispo" else high,
-        beta=section.beta,
-        entropy_coef=section.entropy_bonus,
-        vllm_importance_sampling_correction=correction != "none",
-        vllm_importance_sampling_mode="token_truncate" if correction == "none" else correction,
-        vllm_importance_sampling_clip_max=section.off_policy_cap,
-        vllm_importance_sampling_clip_min=section.off_policy_floor,
-        off_policy_mask_threshold=section.off_policy_mask_threshold,
-        learning_rate=section.learning_rate,
-        lr_scheduler_type=section.lr_schedule,
-        warmup_steps=section.warmup_steps,
-        weight_decay=section.weight_decay,
-        max_grad_norm=section.max_grad_norm,
-        optim="adamw_torch",
-        gradient_checkpointing=config.policy.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        logging_strategy="steps",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="no",
-        eval_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        dataloader_num_workers=0,
-        remove_unused_columns=False,
-    )
 
 
 class OnlineGRPOTrainer(GRPOTrainer):
@@ -301,7 +235,7 @@ class OnlineGRPOTrainer(GRPOTrainer):
             tree: TokenTree = micro["tree"]
             return tree.unique
         rows, width = micro["completion_ids"].shape
-        shared = self._shared(torch.cat([micro["prompt_ids"], micro["completion_ids"]], dim=1), micro["tool_mask"])
+        shared = self._shared(_tokens(micro), micro["tool_mask"])
         return int(shared + rows * (width - shared))
 
     def _check_gradient(self, rows: Sequence[Row], tree: bool) -> torch.Tensor:
@@ -462,15 +396,14 @@ class OnlineGRPOTrainer(GRPOTrainer):
 
     def _score(self, model: Any, micro: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities and entropies (nats) of the sampled tokens: both (rows, width - 1), zero elsewhere."""
-        tokens = torch.cat([micro["prompt_ids"], micro["completion_ids"]], dim=1)
-        mask = micro["tool_mask"].bool()
+        tokens, mask = _tokens(micro), micro["tool_mask"].bool()
         causal = self.accelerator.unwrap_model(model).get_base_model()
         with self.accelerator.autocast():
             if "tree" in micro:
                 tree: TokenTree = micro["tree"]
-                predicting, targets = self._hidden_tree(causal.base_model, tree), tree.targets
+                predicting, targets = hidden_tree(causal.base_model, tree, self.sharing.layout(tree)), tree.targets
             else:
-                hidden, first = self._hidden(causal.base_model, tokens, mask)
+                hidden, first = hidden_flat(causal.base_model, tokens, self._shared(tokens, mask))
                 predicting, targets = hidden[mask[:, first:]], tokens[:, 1:][mask]
             logps, entropies = self._project(causal, predicting, targets)
         if "tree" in micro:
@@ -495,39 +428,8 @@ class OnlineGRPOTrainer(GRPOTrainer):
         )
         return logps, entropies
 
-    def _hidden_tree(self, backbone: Any, tree: TokenTree) -> torch.Tensor:
-        """What predicts each target of a tree: (targets, hidden)."""
-        states: torch.Tensor = backbone(
-            input_ids=tree.tokens[None],
-            position_ids=tree.positions[None],
-            attention_mask=no_mask(tree.tokens.device),
-            use_cache=False,
-            tree=self.sharing.layout(tree),
-        ).last_hidden_state
-        return states[0, tree.predictors]
-
-    def _hidden(self, backbone: Any, tokens: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """What predicts each token from `tokens[:, first + 1]` on: (rows, width - 1 - first, hidden), and `first`.
-
-        Rows are padded on the right only, so causal attention needs no mask. A prompt that all rows share runs once:
-        its keys and values are repeated for the rows, and gradients add up on the way back.
-        """
-        shared = self._shared(tokens, mask)
-        if not shared:
-            return backbone(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state, 0
-        prompt = backbone(input_ids=tokens[:1, :shared], use_cache=True)
-        last = prompt.last_hidden_state[:, -1:].expand(tokens.size(0), 1, -1)
-        if shared == tokens.size(1) - 1:
-            return last, shared - 1
-        cache = prompt.past_key_values
-        cache.batch_repeat_interleave(tokens.size(0))
-        rest = backbone(input_ids=tokens[:, shared:-1], past_key_values=cache, use_cache=True).last_hidden_state
-        return torch.cat([last, rest], dim=1), shared - 1
-
     def _shared(self, tokens: torch.Tensor, mask: torch.Tensor) -> int:
-        """Leading tokens that the rows of a flat micro-batch run once."""
-        shared = shared_prefix(tokens, mask) if self._shares and tokens.size(0) > 1 else 0
-        return shared if shared >= SHORTEST_SHARED else 0
+        return shared_tokens(tokens, mask) if self._shares else 0
 
     def gap(self, rows: list[Row]) -> dict[str, float]:
         """|policy - recorded| at the sampled tokens of `rows`, in nats: the members of `finished`'s numbers that begin
