@@ -342,9 +342,9 @@ class Episode:
         return self.request
 
     def _truncate(self, reason: EndReason) -> Request:
-        """A budget ran out. Ask for a verdict only where it counts, and never when nothing was sampled at all."""
+        """A budget ran out. Ask for a verdict only where it counts, and never when no turn of its own was sampled."""
         self._truncated = reason
-        if not self._turns:
+        if len(self._turns) == self._left_at:
             kind = FailureKind.SAMPLER_TIMEOUT if reason is EndReason.MAX_SECONDS else FailureKind.OVERFLOW
             return self.fail(kind, f"{reason}: the budget was spent before anything was sampled", retryable=True)
         if self._overflow != "grade":

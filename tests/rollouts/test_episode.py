@@ -251,6 +251,19 @@ def test_a_branch_has_the_turns_before_and_its_own_end(plain):
     assert all(s.trained for s in parent.sequences[0].spans) and parent.parent is None
 
 
+@pytest.mark.parametrize("on_overflow", ["failure", "grade", "drop"])
+def test_a_branch_that_had_no_time_for_a_turn_of_its_own_is_a_failure(plain, on_overflow):
+    """It would be its parent's beginning again, with a verdict on that."""
+    episode = begun(plain, on_overflow)
+    episode.sampled(sample(plain, adding.call("add", n=3)), 0.1)
+    episode.stepped(TOOL, 0.0, False, False, {}, 0.2)
+    episode.sampled(sample(plain, "done"), 0.3)
+    finish(episode)
+    branch = episode.branch(replace(spec(), id="g/1"), 1)
+    outcome = branch.out_of_time(99.0).outcome
+    assert isinstance(outcome, Failure) and outcome.kind is FailureKind.SAMPLER_TIMEOUT and outcome.retryable
+
+
 def test_what_cannot_be_left_is_refused(plain):
     episode = begun(plain)
     episode.sampled(sample(plain, adding.call("add", n=3)), 0.1)
@@ -308,12 +321,12 @@ class Machine(RuleBasedStateMachine):
     @initialize(
         turns=st.integers(1, 5),
         tokens=st.integers(600, 1200),
-        drop=st.booleans(),
+        on_overflow=st.sampled_from(["failure", "grade", "drop"]),
         cut_turns=st.sampled_from(["mask", "train"]),
     )
-    def start(self, turns, tokens, drop, cut_turns):
+    def start(self, turns, tokens, on_overflow, cut_turns):
         budget = adding.budget(max_turns=turns, max_tokens=tokens, max_turn_tokens=40, cut_turns=cut_turns)
-        self.episode = Episode(spec(), budget, self.renderer, "drop" if drop else "failure")
+        self.episode = Episode(spec(), budget, self.renderer, on_overflow)
         self.budget = budget
         self.seen, self.made, self.logprobs, self.ends = [], [], [], 0
         self.elapsed = 0.0
