@@ -276,8 +276,9 @@ class RolloutRunner:
         except (EnvFailure, EnvRaised) as error:
             return _failed(episode, FailureKind.ENV, str(error), retryable=True)
         finally:
-            held = fit and walk.watched and walk.ended_well
-            if walk.env is not None and not held:
+            if fit and walk.watched and walk.ended_well and isinstance(self._pool, BranchPool):
+                self._pool.rest(walk.env)
+            elif walk.env is not None:
                 (self._pool.give if fit else self._pool.drop)(walk.env)
                 walk.env = None
         return request.outcome

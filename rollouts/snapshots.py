@@ -29,6 +29,9 @@ class BranchPool(Protocol):
     def mark(self, handle: Any) -> Any | None:
         """Where the episode stands now; None where it cannot be branched."""
 
+    def rest(self, handle: Any) -> None:
+        """Its episode has ended well; until it is given back it is branched from, and does nothing else."""
+
     async def branch(self, handle: Any, mark: Any) -> Any:
         """A handle for another episode, which goes on from `mark` of `handle`. Raises as `EnvPool` says."""
 
@@ -75,6 +78,9 @@ class SnapshotPool:
     def mark(self, handle: Held) -> Kept | None:
         """See `BranchPool`."""
         return handle.last
+
+    def rest(self, handle: Held) -> None:
+        """See `BranchPool`. It is what branches are made from."""
 
     async def branch(self, handle: Held, mark: Kept) -> Held:
         """See `BranchPool`."""

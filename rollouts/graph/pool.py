@@ -206,6 +206,10 @@ class GraphPool:
             return None
         return (place, handle.reward) if place.space.traits.rollback else None
 
+    def rest(self, handle: Walker) -> None:
+        """See `BranchPool`. An environment of its own is for others: its marks are places in the graph."""
+        self._part_with(handle, self.lives.give)
+
     async def branch(self, handle: Walker, mark: tuple[Place, float]) -> Walker:
         """See `BranchPool`. No operation is asked for."""
         place, reward = mark
@@ -229,10 +233,13 @@ class GraphPool:
         """The episode failed, or was abandoned."""
         self._leaves(handle, self.lives.drop)
 
-    def _leaves(self, handle: Walker, end: Callable[[Live], None]) -> None:
+    def _part_with(self, handle: Walker, end: Callable[[Live], None]) -> None:
         live, handle.live = handle.live, None
         if live is not None:
             end(live)
+
+    def _leaves(self, handle: Walker, end: Callable[[Live], None]) -> None:
+        self._part_with(handle, end)
         if handle.place is not None:
             handle.place.space.active -= 1
             handle.place = None

@@ -5,6 +5,7 @@ environment work of a prefix is never done again, and sampled actions never are 
 import asyncio
 from pathlib import Path
 
+import adding
 import growing
 import machine
 import pytest
@@ -14,7 +15,7 @@ from espalier.rollouts.branching import Point, choose, forecast, spent, spread, 
 from espalier.rollouts.envpool import ThreadEnvPool
 from espalier.rollouts.episode import episode_key
 from espalier.rollouts.growth import trees_at_once
-from espalier.rollouts.samplers.scripted import Fail, Hang
+from espalier.rollouts.samplers.scripted import Fail, Hang, say
 from espalier.rollouts.snapshots import BranchPool, SnapshotPool
 from espalier.rollouts.store import TrajectoryStore
 from espalier.rollouts.types import FailureKind, PolicyVersion
@@ -259,6 +260,23 @@ async def test_a_tree_keeps_the_version_it_began_with(plain):
         groups = await s.groups(6, 2, version=lambda: sampler.latest)
     assert not any(group.failures for group in groups)
     assert [{v for t in group.trajectories for v in t.versions} for group in groups] in ([{0}, {0}], [{0}, {1}])
+
+
+@pytest.mark.parametrize("kind", [machine.Keeping, machine.Bound])
+async def test_an_episode_that_has_ended_leaves_its_environment_to_its_branches(plain, kind):
+    """The only one: an episode that shares no more has it to its end, and not until its tree is grown."""
+
+    class Risky(kind):
+        toolset = machine.RISKY
+
+    turns = (adding.call("move", by=1), adding.call("now"), adding.call("submit"))
+    sampler = Keyed(plain)
+    sampler._script = lambda request, turn: say(plain.encode, turns[turn])
+    pool = pool_of(Risky, True, live=1, patience_s=10.0)
+    async with Grown(plain, pool, roots=2, rounds=2, sampler=sampler) as s:
+        groups = await s.groups(5, 2)
+        assert pool.counts.live <= 1
+    assert not any(group.failures for group in groups) and all(len(branches(group)) == 3 for group in groups)
 
 
 async def test_a_budget_ends_growth_and_cuts_nothing_short(plain):
