@@ -10,13 +10,14 @@ a mark is a place in the operation graph.
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from ..envs.core import Action
+from ..envs.core import Action, EnvFailure
 from .envpool import Opening, StepResult
 from .graph.statepool import StatePool
-from .graph.states import Kept
+from .graph.states import STATE_GONE, Kept
 
 
 @runtime_checkable
@@ -38,12 +39,16 @@ class BranchPool(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Held:
-    """An episode's environment and what is kept of it. `last`: the state it is in, where that is kept."""
+    """An episode's environment and what is kept of it. `last`: the state it is in, where that is kept. `branching`: an
+    environment is used by one at a time; `lost`: it failed at that, or was left in the middle of it.
+    """
 
     inner: Any
     watched: bool = False
     kept: list[Kept] = field(default_factory=list)
     last: Kept | None = None
+    branching: asyncio.Lock = field(default_factory=asyncio.Lock)
+    lost: bool = False
 
 
 class SnapshotPool:
@@ -84,12 +89,19 @@ class SnapshotPool:
 
     async def branch(self, handle: Held, mark: Kept) -> Held:
         """See `BranchPool`."""
-        return Held(await self._pool.fork(handle.inner, mark))
+        async with handle.branching:
+            if handle.lost:
+                raise EnvFailure("branch_failed", "the environment failed while it was branched")
+            try:
+                return Held(await self._pool.fork(handle.inner, mark))
+            except BaseException as error:
+                handle.lost = not (isinstance(error, EnvFailure) and error.kind == STATE_GONE)
+                raise
 
     def give(self, handle: Held) -> None:
         """See `EnvPool`."""
         self._forget(handle)
-        self._pool.give(handle.inner)
+        (self._pool.drop if handle.lost else self._pool.give)(handle.inner)
 
     def drop(self, handle: Held) -> None:
         """See `EnvPool`."""

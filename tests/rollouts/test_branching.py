@@ -3,6 +3,8 @@ environment work of a prefix is never done again, and sampled actions never are 
 """
 
 import asyncio
+import threading
+import time
 from pathlib import Path
 
 import adding
@@ -14,6 +16,7 @@ from espalier.envs.core import EnvFailure
 from espalier.rollouts.branching import Point, choose, forecast, spent, spread, surprisal
 from espalier.rollouts.envpool import ThreadEnvPool
 from espalier.rollouts.episode import episode_key
+from espalier.rollouts.graph.statepool import ThreadStatePool
 from espalier.rollouts.growth import trees_at_once
 from espalier.rollouts.samplers.scripted import Fail, Hang, say
 from espalier.rollouts.snapshots import BranchPool, SnapshotPool
@@ -277,6 +280,64 @@ async def test_an_episode_that_has_ended_leaves_its_environment_to_its_branches(
         groups = await s.groups(5, 2)
         assert pool.counts.live <= 1
     assert not any(group.failures for group in groups) and all(len(branches(group)) == 3 for group in groups)
+
+
+async def held_at_a_mark(pool):
+    """An episode's handle after one step, and where it stands."""
+    handle = await pool.take("t")
+    pool.watch(handle)
+    await pool.reset(handle, 7, {"task": machine.task()})
+    await pool.step(handle, machine.act(("move", {"by": 1})))
+    return handle, pool.mark(handle)
+
+
+async def test_an_environment_is_branched_by_one_at_a_time():
+    """However slow that is, and however many threads there are."""
+
+    class Alone(machine.Keeping):
+        at_once, most = 0, 0
+
+        def branch(self, snapshot):
+            Alone.at_once += 1
+            Alone.most = max(Alone.most, Alone.at_once)
+            time.sleep(0.2)
+            Alone.at_once -= 1
+            return super().branch(snapshot)
+
+    pool = SnapshotPool(ThreadStatePool(Alone, deadline_s=20, workers=3))
+    handle, mark = await held_at_a_mark(pool)
+    made = await asyncio.gather(*(pool.branch(handle, mark) for _ in range(3)))
+    assert Alone.most == 1
+    for one in (handle, *made):
+        pool.give(one)
+    await pool.close()
+
+
+@pytest.mark.parametrize("how", ["late", "cancelled"])
+async def test_an_environment_that_was_left_while_it_was_branched_is_never_used_again(how):
+    go_on, begun = threading.Event(), threading.Event()
+
+    class Stuck(machine.Keeping):
+        def branch(self, snapshot):
+            begun.set()
+            go_on.wait(20)
+            return super().branch(snapshot)
+
+    pool = SnapshotPool(ThreadStatePool(Stuck, deadline_s=1.0 if how == "late" else 20))
+    handle, mark = await held_at_a_mark(pool)
+    branching = asyncio.create_task(pool.branch(handle, mark))
+    await asyncio.to_thread(begun.wait, 20)
+    if how == "cancelled":
+        branching.cancel()
+    with pytest.raises(TimeoutError if how == "late" else asyncio.CancelledError):
+        await branching
+    with pytest.raises(EnvFailure, match="failed while it was branched"):
+        await pool.branch(handle, mark)
+    used = handle.inner
+    pool.give(handle)
+    go_on.set()
+    assert (await pool.take("t")).inner is not used and not pool._pool._states._kept
+    await pool.close()
 
 
 async def test_a_budget_ends_growth_and_cuts_nothing_short(plain):
