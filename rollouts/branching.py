@@ -81,7 +81,10 @@ def choose(
             continue
         dice = {point: _die(run, name, point) for point in points}
         if at == "value":
-            value = {p: spread(trajectories, p) / (len(below(trajectories, p)) + left_now(chosen, p)) for p in points}
+            value = {
+                p: spread(trajectories, p) / (len(below(trajectories, p)) + left_now(trajectories, chosen, p))
+                for p in points
+            }
             best = max(points, key=lambda p: (value[p], dice[p]))
         else:
             fewest = min(leaves[roots[p.parent]] for p in points)
@@ -97,9 +100,12 @@ def choose(
     return chosen
 
 
-def left_now(chosen: Sequence[Point | None], point: Point) -> int:
+def left_now(trajectories: Mapping[str, Trajectory], chosen: Sequence[Point | None], point: Point) -> int:
     """How many of the points just chosen add a leaf below `point`."""
-    return sum(p is not None and p.parent == point.parent and p.turn >= point.turn for p in chosen)
+    leaves = {t.id for t in below(trajectories, point)}
+    return sum(
+        p is not None and p.parent in leaves and (p.parent != point.parent or p.turn >= point.turn) for p in chosen
+    )
 
 
 def root_of(trajectories: Mapping[str, Trajectory], id: str) -> str:

@@ -13,7 +13,7 @@ import machine
 import pytest
 from espalier.configs.schema import BranchingSection
 from espalier.envs.core import EnvFailure
-from espalier.rollouts.branching import Point, choose, forecast, spent, spread, surprisal
+from espalier.rollouts.branching import Point, below, choose, forecast, left_now, spent, spread, surprisal
 from espalier.rollouts.envpool import ThreadEnvPool
 from espalier.rollouts.episode import episode_key
 from espalier.rollouts.graph.statepool import ThreadStatePool
@@ -429,6 +429,17 @@ def test_by_value_the_turn_whose_outcomes_vary_most_is_left():
     }
     open_turns = {id: [1, 2] for id in one}
     assert choose(["g/9"], one, open_turns, "value", "run")[0].parent == "g/0", "the one that went otherwise"
+
+
+@given(st.lists(st.sampled_from([Point(id, turn) for id, turns in OPEN.items() for turn in turns]), max_size=6))
+def test_what_was_just_chosen_counts_for_every_turn_that_it_has_in_common(points):
+    """As it does when it has ended: through branches of branches too."""
+    tree = given_tree()
+    grown = dict(tree)
+    for i, p in enumerate(points, start=4):
+        grown[f"g/{i}"] = growing.trajectory(f"g/{i}", 0.0, [0.1], parent=tree[p.parent], left_at=p.turn)
+    for point in (Point(id, turn) for id, turns in OPEN.items() for turn in turns):
+        assert len(below(grown, point)) == len(below(tree, point)) + left_now(tree, points, point)
 
 
 def test_nothing_to_leave_means_to_begin_at_the_start():
