@@ -207,8 +207,9 @@ class Run:
             return
         self._told_of_chains = True
         said = (
-            "no episode could be left at a turn, so groups are chains: the environment keeps no states to branch from "
-            "(capability rollback), or episodes end in their first turn"
+            "no episode was left at a turn, so groups are chains: the environment keeps no states to branch from "
+            "(capability rollback), episodes end in their first turn, or no branch fits into branching.max_tokens and "
+            "branching.max_turns"
         )
         values = {"alarm": "branching", "value": 0, "bound": 1, "message": said}
         self.recorder.emit("alarm", step=self.progress.step, **values, stops=False)

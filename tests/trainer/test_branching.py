@@ -195,6 +195,13 @@ def test_what_cannot_be_branched_is_said_once_and_trained_as_chains(toy_base, tm
     assert all(row["branching"]["branches"] == 0 and row["trained_tokens"] > 0 for row in rows(tmp_path / "toy"))
 
 
+def test_a_budget_without_room_for_a_branch_is_said_to_be_one(toy_base, tmp_path):
+    train(config_of(toy_base, tmp_path, branching={"max_turns": 1}, trainer={"steps": 1}))
+    [alarm] = rows(tmp_path / "toy", "alarm")
+    assert alarm["alarm"] == "branching" and "branching.max_turns" in alarm["message"]
+    assert rows(tmp_path / "toy")[0]["branching"]["branches"] == 0
+
+
 def test_collecting_grows_trees_too(toy_base, tmp_path):
     (tmp_path / "toy").mkdir()
     found = collect(config_of(toy_base, tmp_path), episodes=12)
