@@ -152,8 +152,12 @@ class Episode:
         budget: EpisodeSection,
         renderer: ChatRenderer,
         on_overflow: Overflow | None = None,
+        branchable: bool = False,
     ) -> None:
-        """`on_overflow` overrides the budget's (an evaluation never drops what the policy did not finish)."""
+        """`on_overflow` overrides the budget's (an evaluation never drops what the policy did not finish).
+
+        `branchable`: what it was before each turn is remembered, so that others can leave it there.
+        """
         self.spec = spec
         self.request: Request | None = None
         self._budget = budget
@@ -170,6 +174,7 @@ class Episode:
         self._first_prompt = 0
         self._elapsed = 0.0
         self._truncated: EndReason | None = None
+        self._branchable = branchable
         self._before: list[_Standing] = []  # each turn
         self._parent: str | None = None
         self._left_at = 0
@@ -177,13 +182,14 @@ class Episode:
     def branch(self, spec: EpisodeSpec, turn: int) -> Episode:
         """Another episode, which begins where this one sampled `turn` (at least 1) and samples it anew.
 
-        Raises `ValueError` for a turn that was not sampled here, and for another task, seed or version.
+        Raises `ValueError` for a turn that was not sampled here, or not remembered, and for another task, seed or
+        version.
         """
-        if not max(self._left_at, 1) <= turn < len(self._turns):
+        if not self._branchable or not max(self._left_at, 1) <= turn < len(self._turns):
             raise ValueError(f"episode {self.spec.id} has no turn {turn} of its own to be left at")
         if replace(spec, id=self.spec.id) != self.spec:
             raise ValueError(f"{spec.id} is another kind of episode than {self.spec.id}")
-        made = Episode(spec, self._budget, self._renderer, self._overflow)
+        made = Episode(spec, self._budget, self._renderer, self._overflow, branchable=True)
         there, left = self._turns[turn], self._before[turn]
         made._tools = self._tools
         made._history = self._history[: left.history]
@@ -335,9 +341,10 @@ class Episode:
         room = self._budget.max_tokens - len(builder.tokens)
         if room <= 0:
             return self._truncate(EndReason.MAX_TOKENS)
-        self._before.append(
-            _Standing(len(self._history), dict(self._info), self._reward, self._tool_errors, self._calls)
-        )
+        if self._branchable:
+            self._before.append(
+                _Standing(len(self._history), dict(self._info), self._reward, self._tool_errors, self._calls)
+            )
         self.request = NeedSample(tuple(builder.tokens), min(room, self._budget.max_turn_tokens), len(self._turns))
         return self.request
 

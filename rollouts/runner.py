@@ -232,7 +232,7 @@ class RolloutRunner:
     ) -> Walk:
         seed = environment_seed(self._seed, spec.task.id)
         made = EpisodeSpec(f"{spec.id}/{index}", spec.id, spec.task, self._env_id, seed, version)
-        return Walk(Episode(made, self.episode, self.renderer, on_overflow), leased, watched)
+        return Walk(Episode(made, self.episode, self.renderer, on_overflow, branchable=watched), leased, watched)
 
     async def _episode(
         self, walk: Walk, params: SamplingParams, evaluation: bool, parent: Walk | None = None

@@ -40,7 +40,7 @@ def sample(renderer, text, finish="stop", version=3, logprob=-0.25):
 
 
 def begun(renderer, on_overflow=None, **changes):
-    episode = Episode(spec(), adding.budget(**changes), renderer, on_overflow)
+    episode = Episode(spec(), adding.budget(**changes), renderer, on_overflow, branchable=True)
     episode.begin(OPENING, TOOLS, {"initial": "0", "task": object()})
     return episode
 
@@ -276,6 +276,17 @@ def test_what_cannot_be_left_is_refused(plain):
         episode.branch(replace(spec(version=4), id="g/1"), 1)
 
 
+def test_an_episode_that_nobody_leaves_remembers_no_turn(plain):
+    episode = Episode(spec(), adding.budget(), plain)
+    episode.begin(OPENING, TOOLS, {})
+    for _ in range(2):
+        episode.sampled(sample(plain, adding.call("add", n=3)), 0.1)
+        episode.stepped(TOOL, 0.0, False, False, {"long": "x" * 1000}, 0.2)
+    assert not episode._before
+    with pytest.raises(ValueError, match="no turn 1 of its own"):
+        episode.branch(replace(spec(), id="g/1"), 1)
+
+
 def test_keys_and_seeds_depend_on_all_their_parts_and_on_nothing_else():
     parts = [("r", "g/0", 0), ("s", "g/0", 0), ("r", "g/1", 0), ("r", "g/0", 1), ("r", "g", 0), ("rg", "/0", 0)]
     assert len({episode_key(*p) for p in parts}) == len(parts)
@@ -326,7 +337,7 @@ class Machine(RuleBasedStateMachine):
     )
     def start(self, turns, tokens, on_overflow, cut_turns):
         budget = adding.budget(max_turns=turns, max_tokens=tokens, max_turn_tokens=40, cut_turns=cut_turns)
-        self.episode = Episode(spec(), budget, self.renderer, on_overflow)
+        self.episode = Episode(spec(), budget, self.renderer, on_overflow, branchable=True)
         self.budget = budget
         self.seen, self.made, self.logprobs, self.ends = [], [], [], 0
         self.elapsed = 0.0
