@@ -209,7 +209,9 @@ async def test_a_branch_that_fails_is_one_failure_and_nothing_is_left_behind(pla
         for group in groups:
             assert [f.id for f in group.failures] == [f"{group.id}/4"] and len(group.trajectories) == 5
         if graph:
-            assert pool._walkers == 0 and all(space.active == 0 for space in pool.graph._spaces.values())
+            assert pool._walkers == pool._rooted == 0 and all(
+                space.active == 0 for space in pool.graph._spaces.values()
+            )
         else:
             assert not pool._pool._states._kept
 
@@ -241,7 +243,7 @@ async def test_cancelled_in_the_middle_everything_is_given_back(plain, graph, ph
         assert counts.started == counts.trajectories + sum(counts.failures.values())
         assert counts.failures[FailureKind.CANCELLED] >= 1 and not stored and not sampler.leased
         if graph:
-            assert pool._walkers == 0
+            assert pool._walkers == pool._rooted == 0
         else:
             assert len(pool._pool._states._kept) <= 8, "none but those of steps that were cancelled midway"
 
