@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import selectors
 import signal
 import time
@@ -95,24 +94,24 @@ class Calls:
                 elif self._held(call.guest) > self._memory:
                     self._stop(call, "memory")
 
-    def _read(self, call: Call) -> None:
+    def _read(self, call: Call) -> bool:
+        """Take some of what is in the pipe; whether there was any."""
         try:
             chunk = os.read(call.pipe, 65_536)
         except BlockingIOError:
-            return
+            return False
         if not chunk:
             self._selector.unregister(call.pipe)
-            return
+            return False
         call.total += len(chunk)
         call.output += chunk[: max(0, call.most - len(call.output))]
+        return True
 
     def _read_rest(self, call: Call) -> None:
         """What is in the pipe by now; a process left behind may write on, so no more than that."""
         end = time.monotonic() + GRACE_S
-        while call.pipe in self._selector.get_map() and select.select([call.pipe], [], [], 0)[0]:
-            self._read(call)
-            if time.monotonic() > end:
-                return
+        while call.pipe in self._selector.get_map() and self._read(call) and time.monotonic() < end:
+            pass
 
     def _answered(self, call: Call) -> None:
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import socket
 import traceback
@@ -25,6 +26,8 @@ def main(text: str) -> int:
     config = json.loads(text)
     owner = os.pidfd_open(os.getppid())
     control = socket.socket(fileno=int(config["control"]))
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each snapshot is some descriptors; guests get fewer
     try:
         cgroup.join(config["cgroup"], os.getpid())
         base = _enter(config)

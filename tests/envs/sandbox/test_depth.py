@@ -7,9 +7,11 @@ import hashlib
 import os
 import random
 import re
+import resource
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from espalier.envs.sandbox import Box, Limits
 
@@ -135,3 +137,21 @@ def _layers(room: Path) -> dict[str, str]:
                             h.update(path.read_bytes())
             found[f"{volume.name}/{layer.name}"] = h.hexdigest()
     return found
+
+
+def test_a_box_of_many_branches_has_descriptors_enough(boxes_work: None, workspace: Path) -> None:
+    """Each keeps about five in the supervisor, whatever whoever started the box may open."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(512, before[1]), before[1]))
+    try:
+        box = Box(workspace, Limits(pids=600))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    with box, contextlib.ExitStack() as branches:
+        box.python("x = 7")
+        here = box.snapshot()
+        made = [branches.enter_context(box.branch(here)) for _ in range(230)]
+        assert made[-1].python("print(x)").text == "7\n"
+        supervisor = psutil.Process(box._family.process.pid).children()[0]
+        assert supervisor.num_fds() > 1024  # more than select() takes
+        assert box.python("print(x)").text == "7\n"
