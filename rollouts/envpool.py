@@ -149,6 +149,7 @@ class ThreadEnvPool:
         self._workers: list[_Worker] = []
         self._stuck: list[_Worker] = []
         self._idle: list[AgentEnv] = []
+        self._ending: set[asyncio.Future[None]] = set()
         self._closed = False
 
     @property
@@ -180,6 +181,17 @@ class ThreadEnvPool:
 
     def drop(self, handle: AgentEnv) -> None:
         """Nothing is to be done: a pool keeps only what was given back."""
+
+    def end(self, handle: AgentEnv) -> None:
+        """The environment is fit, and not wanted again: it is closed behind whatever else is to be done."""
+        ending = asyncio.ensure_future(self.call(handle.close))
+        self._ending.add(ending)
+        ending.add_done_callback(self._ended)
+
+    def _ended(self, ending: asyncio.Future[None]) -> None:
+        self._ending.discard(ending)
+        if not ending.cancelled():
+            ending.exception()  # nobody's: the environment is gone either way
 
     async def call(self, function: Callable[[], T]) -> T:
         """Run `function` in a worker.
@@ -243,10 +255,8 @@ class ThreadEnvPool:
             return
         while self._idle:
             env = self._idle.pop()
-            try:
-                await self.call(env.close)
-            except Exception:
-                continue
+            self.end(env)
+        await asyncio.gather(*self._ending, return_exceptions=True)
         self._closed = True
         for _ in self._workers:
             self._jobs.put(None)

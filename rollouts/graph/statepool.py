@@ -58,6 +58,7 @@ class ThreadStatePool(ThreadEnvPool):
             max_stuck=max_stuck,
         )
         self._states = States()
+        self._branches: set[int] = set()
 
     async def begin(self, handle: AgentEnv, seed: int, options: dict[str, Any], keep: bool) -> tuple[Came, Traits]:
         """See `StatePool`."""
@@ -70,7 +71,21 @@ class ThreadStatePool(ThreadEnvPool):
 
     async def fork(self, handle: AgentEnv, at: Kept) -> AgentEnv:
         """See `StatePool`."""
-        return await theirs(self.call(lambda: self._states.fork(handle, at)))
+        made = await theirs(self.call(lambda: self._states.fork(handle, at)))
+        self._branches.add(id(made))
+        return made
+
+    def give(self, handle: AgentEnv) -> None:
+        """See `EnvPool`. A branch ends: kept for other episodes there would be ever more, and making one is quick."""
+        if id(handle) in self._branches:
+            self._branches.discard(id(handle))
+            self.end(handle)
+        else:
+            super().give(handle)
+
+    def drop(self, handle: AgentEnv) -> None:
+        """See `EnvPool`."""
+        self._branches.discard(id(handle))
 
     def forget(self, handle: AgentEnv | None, kept: Kept) -> None:
         """See `StatePool`."""

@@ -402,6 +402,33 @@ async def test_many_episodes_with_failures_and_cancellations_leave_nothing_behin
     assert pool.counts.live == 0 and not pool.lives._kept and pool.lives.kept_bytes == 0
 
 
+async def test_branches_do_not_pile_up_from_task_to_task():
+    """Each is an environment that nothing else would end: at most as many as there may be at once are left."""
+    alive = Counter()
+
+    class Here(machine.Bound):
+        def __init__(self):
+            super().__init__()
+            alive["now"] += 1
+
+        def close(self):
+            alive["now"] -= 1
+
+    pool = graph_pool(Here, live=4)
+    for number in range(6):
+        plans = [
+            [[("move", {"by": by})], [("move", {"by": by})], [("move", {"by": i})]] for i in (1, 2) for by in (1, 2, 3)
+        ]
+        await asyncio.gather(*(play(pool, plan, task=machine.task(str(number))) for plan in plans))
+    await pool.settled()
+    while pool.pool._ending:
+        await asyncio.sleep(0)
+    assert pool.counts.restored > 6
+    assert alive["now"] <= 4
+    await pool.close()
+    assert alive["now"] == 0
+
+
 async def test_an_environment_that_lies_about_its_state_is_caught():
     """Negative control of the digest: `look` shows what the digest leaves out."""
     plans = [[[("move", {"by": by})], [("look", {})]] for by in (1, 1, 2)] + [
