@@ -144,14 +144,15 @@ def test_a_box_of_many_branches_has_descriptors_enough(boxes_work: None, workspa
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(512, before[1]), before[1]))
     try:
-        box = Box(workspace, Limits(pids=600))
+        box = Box(workspace, Limits(pids=900))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     with box, contextlib.ExitStack() as branches:
         box.python("x = 7")
         here = box.snapshot()
-        made = [branches.enter_context(box.branch(here)) for _ in range(230)]
-        assert made[-1].python("print(x)").text == "7\n"
+        made = [branches.enter_context(box.branch(here)) for _ in range(280)]
+        left_running = "import subprocess; p = subprocess.Popen(['sleep', '9']); print(x)"  # it holds the output open
+        assert made[-1].python(left_running).text == "7\n"
         supervisor = psutil.Process(box._family.process.pid).children()[0]
         assert supervisor.num_fds() > 1024  # more than select() takes
         assert box.python("print(x)").text == "7\n"
