@@ -215,12 +215,13 @@ def carry_out(
 
 
 def run(bench: Bench, shipped: str, arm: str, seed: int, overrides: Sequence[str], **more: Any) -> dict[str, Any]:
-    """One arm of one seed, in a fresh process, unless it is kept from an earlier invocation."""
+    """One arm of one seed, in a fresh process, unless an earlier invocation kept it for the same configuration."""
+    given = ["--policy.device", bench.device, *overrides]
+    config = configuration(shipped, arm, seed, bench.arms, given).model_dump(mode="json", exclude={"out"})
 
     def fresh() -> dict[str, Any]:
         print(f"seed {seed}: {arm} ...", file=sys.stderr, flush=True)
-        given = ["--policy.device", bench.device, *overrides]
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             return pool.submit(carry_out, shipped, arm, seed, bench.arms, given, more).result()
 
-    return bench.arm({"arm": arm, "seed": seed, **more}, fresh)
+    return bench.arm({"arm": arm, "config": config, **more}, fresh)

@@ -86,7 +86,10 @@ class Bench:
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
         kept = self.arms / f"{digest}.json"
         if kept.is_file():
-            result: T = json.loads(kept.read_text(encoding="utf-8"))["result"]
+            found = json.loads(kept.read_text(encoding="utf-8"))
+            if found["commit"] != commit():
+                print(f"kept from commit {found['commit']}: {kept}; remove it to measure anew", file=sys.stderr)
+            result: T = found["result"]
             return result
         result = run()
         self.arms.mkdir(parents=True, exist_ok=True)

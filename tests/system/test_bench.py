@@ -95,6 +95,16 @@ def test_what_ran_on_a_gpu_stands_apart_and_is_kept_apart(checkout, bench, monke
     assert bench.start(script, "a toy", ["--device", "cuda", "--quick"]).folder is None
 
 
+def test_what_was_kept_at_another_commit_says_so(checkout, bench, monkeypatch, capsys):
+    one = bench.start(str(checkout / "results" / "toy" / "measure.py"), "a toy", [])
+    monkeypatch.setattr(bench, "commit", lambda: "first")
+    assert [one.arm({"x": 1}, lambda: 5), one.arm({"x": 1}, lambda: 6)] == [5, 5]
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(bench, "commit", lambda: "second")
+    assert one.arm({"x": 1}, lambda: 6) == 5
+    assert "kept from commit first" in capsys.readouterr().err
+
+
 def test_a_device_that_is_not_there_or_has_no_meaning_is_one_sentence(checkout, bench, monkeypatch):
     script = str(checkout / "results" / "toy" / "measure.py")
     monkeypatch.setattr(bench, "_has_cuda", lambda: False)

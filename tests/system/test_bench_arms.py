@@ -38,6 +38,26 @@ def test_rejection_sampling_says_when_it_cannot(arms, tmp_path, monkeypatch):
         arms.carry_out("spreadsheet-tiny", "rejection", 0, tmp_path, SMALL, {"episodes": 32, "epochs": 1})
 
 
+def test_another_configuration_is_another_arm(arms, tmp_path):
+    """Else a figure would be of the configuration before."""
+
+    class Named:
+        device, arms = "cpu", tmp_path
+
+        def arm(self, settings, run):
+            return json.dumps(settings, sort_keys=True)
+
+    found = {
+        arms.run(Named(), config, "grpo", seed, SMALL + more, **options)
+        for config in ("spreadsheet-tiny", "code-tiny")
+        for seed in (0, 1)
+        for more in ([], ["--sampling.temperature", "1.25"])
+        for options in ({}, {"epochs": 1})
+    }
+    assert len(found) == 16
+    assert str(tmp_path) not in "".join(found)
+
+
 @pytest.mark.long
 def test_the_asynchronous_benchmark_runs_end_to_end(tmp_path):
     """A smoke run on a few episodes: each figure is there."""
