@@ -7,6 +7,7 @@ every file with it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -27,7 +28,8 @@ def main(text: str) -> int:
     owner = os.pidfd_open(os.getppid())
     control = socket.socket(fileno=int(config["control"]))
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each snapshot is some descriptors; guests get fewer
+    with contextlib.suppress(OSError, ValueError):  # each branch is some descriptors; guests get fewer
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:
         cgroup.join(config["cgroup"], os.getpid())
         base = _enter(config)

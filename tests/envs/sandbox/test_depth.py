@@ -142,7 +142,9 @@ def _layers(room: Path) -> dict[str, str]:
 def test_a_box_of_many_branches_has_descriptors_enough(boxes_work: None, workspace: Path) -> None:
     """Each keeps about five in the supervisor, whatever whoever started the box may open."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(512, before[1]), before[1]))
+    if before[1] != resource.RLIM_INFINITY and before[1] < 4096:
+        pytest.skip(f"a process may open {before[1]} descriptors here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))
     try:
         box = Box(workspace, Limits(pids=900))
     finally:
