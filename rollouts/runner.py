@@ -21,6 +21,7 @@ from ..envs.core import AgentEnv, EnvFailure, Task
 from .envpool import EnvPool, EnvRaised
 from .episode import Ended, Episode, EpisodeSpec, NeedSample, NeedStep, Request, environment_seed, episode_key
 from .growth import Walk, next_points, trees_at_once
+from .places import Places
 from .recipe import env_recipe
 from .render import ChatRenderer
 from .samplers.base import Sample, Sampler, SampleRequest, SamplerError, SamplingParams
@@ -104,13 +105,13 @@ class RolloutRunner:
         self.counts = RunnerCounts()
         self.run = run
         self._seed = seed
-        self._places = asyncio.Semaphore(concurrency)
+        self._places = Places(concurrency)
         self._store = store
         self._env_id = env_id
         self._system_prompt = system_prompt
         self._pool = pool
         self._branching = branching if branching is not None and branching.roots else None
-        self._trees = asyncio.Semaphore(trees_at_once(concurrency, branching))
+        self._trees = Places(trees_at_once(concurrency, branching))
 
     async def run_groups(
         self,
@@ -120,10 +121,13 @@ class RolloutRunner:
         *,
         on_overflow: Overflow | None = None,
         evaluation: bool = False,
+        rank: int = 0,
         on_group: Callable[[Group], None] | None = None,
     ) -> list[Group]:
         """Run all episodes of `specs`; groups in the order of `specs`. An episode runs on one version from start to
         end: on `version`, or on what that gives when the episode gets its place (a tree: when it begins to grow).
+
+        Where there is no place for all at once, episodes of a lower `rank` go first, whoever asked for them.
 
         `evaluation` is said to the environments, grows no trees, and keeps the episodes out of the store (they must not
         be mistaken for training data). `on_group` is called as groups finish, after they are stored. If this is
@@ -143,7 +147,7 @@ class RolloutRunner:
                 on_group(group)
 
         async def chain(g: int, i: int) -> None:
-            async with self._places:
+            async with self._places.held(rank):
                 number = version if isinstance(version, int) else version()
                 walk = self._walk(specs[g], i, number, on_overflow)
                 done[g][i] = await self._episode(walk, params, evaluation)
@@ -152,7 +156,7 @@ class RolloutRunner:
                 await ended(g, outcomes)
 
         async def tree(g: int, section: BranchingSection) -> None:
-            await ended(g, await self._tree(specs[g], section, params, version, on_overflow))
+            await ended(g, await self._tree(specs[g], section, params, version, on_overflow, rank))
 
         work: list[Coroutine[Any, Any, None]] = []
         for g, spec in enumerate(specs):
@@ -174,15 +178,16 @@ class RolloutRunner:
         params: SamplingParams,
         version: int | Callable[[], int],
         on_overflow: Overflow | None,
+        rank: int,
     ) -> list[Outcome]:
         """The episodes of a group that grows as a tree; all of them run on one version."""
         walks: list[Walk] = []
 
         async def play(walk: Walk, parent: Walk | None) -> None:
-            async with self._places:
+            async with self._places.held(rank):
                 walk.outcome = await self._episode(walk, params, False, parent)
 
-        async with self._trees:
+        async with self._trees.held(rank):
             number = version if isinstance(version, int) else version()
             with ExitStack() as stack:
                 leased = self._lease(stack, number)

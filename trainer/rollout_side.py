@@ -133,13 +133,17 @@ class RolloutSide:
         return self.finish(self.begin(chains, version, enough))
 
     def begin(
-        self, chains: Sequence[Sequence[GroupSpec]], version: int | None, enough: Callable[[Group], bool]
+        self,
+        chains: Sequence[Sequence[GroupSpec]],
+        version: int | None,
+        enough: Callable[[Group], bool],
+        rank: int = 0,
     ) -> Future[list[list[Group]]]:
         """Begin with `chains` and go on; `finish` waits for them. `version` None: each episode runs on what is the
-        latest when it begins.
+        latest when it begins. What has a lower `rank` gets the slots first, evaluations (rank 0) before all.
         """
         self._rouse()
-        future = self._loop.start(together(self._chain(chain, version, enough) for chain in chains))
+        future = self._loop.start(together(self._chain(chain, version, enough, rank) for chain in chains))
         self._begun[future] = sum(spec.size for chain in chains for spec in chain)
         return future
 
@@ -157,14 +161,14 @@ class RolloutSide:
         self._begun.clear()
 
     async def _chain(
-        self, chain: Sequence[GroupSpec], version: int | None, enough: Callable[[Group], bool]
+        self, chain: Sequence[GroupSpec], version: int | None, enough: Callable[[Group], bool], rank: int
     ) -> list[Group]:
         by = (lambda: self._sampler.latest) if version is None else version
         groups: list[Group] = []
         for spec in chain:
             found = self.store.group(spec.id)
             if found is None or not found.trajectories:
-                (found,) = await self._runner.run_groups([spec], self._params, by)
+                (found,) = await self._runner.run_groups([spec], self._params, by, rank=rank)
             groups.append(found)
             if enough(found):
                 break

@@ -98,11 +98,13 @@ class AsyncSource(SyncSource):
         self._ahead: dict[int, Future[list[list[Group]]]] = {}
 
     def sample(self, step: int) -> list[Group]:
-        """All groups of `step`; those of the steps that may begin now are begun before they are waited for."""
+        """All groups of `step`; those of the steps that may begin now are begun before they are waited for, and give
+        way to what `step` still lacks.
+        """
         coming = step
         while coming <= self._config.trainer.steps and self._pace.admits(coming, step - 1):
             if coming not in self._ahead:
-                self._ahead[coming] = self._side.begin(self._chains(coming), None, self._enough)
+                self._ahead[coming] = self._side.begin(self._chains(coming), None, self._enough, coming)
             coming += 1
         return [group for chain in self._side.finish(self._ahead.pop(step)) for group in chain]
 

@@ -386,3 +386,21 @@ async def test_the_bound_holds_across_callers(plain):
         groups = [group for (group,) in await together(calls)]
         assert all(len(group.trajectories) == 4 for group in groups) and len(running) <= 3
         s.nothing_is_left()
+
+
+async def test_what_has_a_lower_rank_goes_before_what_waits_already(plain):
+    """A batch's replacements are not served behind the whole of the next batch."""
+    async with Setting(plain, solve(plain), concurrency=1) as s:
+        done = []
+        ask = lambda name, rank: s.runner.run_groups(  # noqa: E731
+            [GroupSpec(f"{name}{i}", adding.task(7), 2) for i in range(2)],
+            T1,
+            0,
+            rank=rank,
+            on_group=lambda group: done.append(group.id),
+        )
+        later = asyncio.create_task(ask("later", 2))
+        await asyncio.sleep(0)
+        await asyncio.gather(later, ask("sooner", 1))
+        assert done == ["sooner0", "sooner1", "later0", "later1"]
+        s.nothing_is_left()
