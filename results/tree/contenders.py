@@ -17,23 +17,33 @@ from espalier.configs.schema import RunConfig
 from espalier.trainer.batch import Batch, Row, collate
 from espalier.trainer.grpo.config import grpo_config
 from espalier.trainer.grpo.trainer import OnlineGRPOTrainer, Window
-from espalier.trainer.model import load_tokenizer, lora_config
+from espalier.trainer.model import keep_freed_memory, load_tokenizer, lora_config
 from espalier.trainer.policy import resolve_base
 from espalier.trainer.tree.core import TokenTree, grow
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl.trainer.grpo_trainer import GRPOTrainer
 from workloads import VOCAB
 
-PADDED_ROWS = 8
-"""Rows that TRL's path runs at once."""
-
-PACKED_TOKENS = 8192
-"""Tokens that the packed path runs at once."""
+AT_ONCE = {"packed": (1280, 2560, 8192), "padded": (8, 2), "tree": (0,)}
+"""What a contender may run at once, the first where nothing was tried: tokens of the packed path, rows of TRL's. How
+the tree is cut is the trainer's own choice.
+"""
 
 SIGMA = 0.25
 """How far recorded log-probabilities are from the policy's (nats), so that clipping takes part."""
 
 NAMES = ("packed", "padded", "tree")
+
+
+@dataclass(frozen=True, order=True)
+class Settings:
+    """How a contender runs: torch's threads, and what it runs `at_once` (see `AT_ONCE`)."""
+
+    threads: int
+    at_once: int
+
+    def __str__(self) -> str:
+        return f"threads {self.threads}" + (f", {self.at_once:,} at once" if self.at_once else "")
 
 
 @dataclass(frozen=True)
@@ -123,6 +133,8 @@ class Contenders:
             }
         )
         torch.manual_seed(0)
+        if device == "cpu":
+            keep_freed_memory()  # as the product's trainer
         self.shape = shape
         self._folder = tempfile.TemporaryDirectory()
         self.trainer = _Trainer(
@@ -151,16 +163,16 @@ class Contenders:
             found.append(replace(row, logprobs=tuple(kept)))
         return found
 
-    def window(self, name: str, rows: Sequence[Row]) -> Window:
-        """The micro-batches of a contender."""
+    def window(self, name: str, rows: Sequence[Row], at_once: int) -> Window:
+        """The micro-batches of a contender; see `AT_ONCE`."""
         if name == "tree":
             return self.trainer.windows_of(Batch(1, tuple(rows)))[0]
         if name == "padded":
             ordered = sorted(rows, key=lambda row: -len(row.tokens))
-            parts = [ordered[i : i + PADDED_ROWS] for i in range(0, len(rows), PADDED_ROWS)]
+            parts = [ordered[i : i + at_once] for i in range(0, len(rows), at_once)]
             micro = [self._padded(part) for part in parts]
         else:
-            micro = [self._packed(part) for part in packs(rows)]
+            micro = [self._packed(part) for part in packs(rows, at_once)]
         trained = sum(row.trained for row in rows)
         return Window(micro, trained, float(len(rows)), True, True, Batch(1, tuple(rows)))
 
@@ -177,15 +189,15 @@ class Contenders:
         micro = [self._packed(list(rows), True)]
         return Window(micro, trained, float(len(rows)), True, True, Batch(1, tuple(rows)))
 
-    def step(self, name: str, rows: Sequence[Row]) -> tuple[float, float, torch.Tensor]:
+    def step(self, name: str, rows: Sequence[Row], at_once: int = 0) -> tuple[float, float, torch.Tensor]:
         """Seconds of one update (micro-batches made, forward, backward), those of the processor in it, and its
-        gradient on the CPU.
+        gradient on the CPU. `at_once` 0: the first of `AT_ONCE`.
         """
         model = self.trainer.adapter
         model.train()
         model.zero_grad()
         began, worked = self._now(), time.process_time()
-        window = self.forced(rows) if name == "forced" else self.window(name, rows)
+        window = self.forced(rows) if name == "forced" else self.window(name, rows, at_once or AT_ONCE[name][0])
         self.trainer.training_step(self.trainer.model, {"window": window})
         seconds, worked = self._now() - began, time.process_time() - worked
         grads = [p.grad.flatten() for p in self.trainer.adapter.parameters() if p.grad is not None]
@@ -198,13 +210,13 @@ class Contenders:
 
     def processed(self, rows: Sequence[Row]) -> int:
         """Tokens that the tree's passes compute."""
-        return sum(self.trainer._processed(micro) for micro in self.window("tree", rows).micro)
+        return sum(self.trainer._processed(micro) for micro in self.window("tree", rows, 0).micro)
 
     def saved(self, rows: Sequence[Row], share: bool) -> int:
-        """Bytes that a forward pass keeps for backward, storages counted once, weights and inputs left out. Rows that
-        share nothing are run some at a time and added up: nothing is kept for two of them together.
+        """Bytes that a forward pass over all rows keeps for backward, storages counted once, weights and inputs left out.
+        Rows that share nothing are run some at a time and added up: nothing is kept for two of them together.
         """
-        parts = [list(rows)] if share else packs(rows)
+        parts = [list(rows)] if share else packs(rows, AT_ONCE["packed"][0])
         return sum(self._saved(self._packed(part, share)) for part in parts)
 
     def _saved(self, micro: dict[str, Any]) -> int:
@@ -225,14 +237,14 @@ class Contenders:
         return found
 
 
-def packs(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows in order, at most PACKED_TOKENS together."""
+def packs(rows: Sequence[Row], at_once: int) -> list[list[Row]]:
+    """Rows in order, at most `at_once` tokens together (a row alone may have more)."""
     found: list[list[Row]] = []
     room = 0
     for row in rows:
         if len(row.tokens) > room:
             found.append([])
-            room = PACKED_TOKENS
+            room = at_once
         found[-1].append(row)
         room -= len(row.tokens)
     return found

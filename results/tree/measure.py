@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from statistics import median
@@ -17,7 +18,7 @@ from typing import Any
 
 import _bench
 import torch
-from contenders import MID, NAMES, TINY, Contenders, Shape, operations
+from contenders import AT_ONCE, MID, NAMES, TINY, Contenders, Settings, Shape, operations
 from espalier.trainer.batch import Row
 from espalier.trainer.tree.core import grow
 from workloads import WORKLOADS
@@ -55,22 +56,32 @@ class Measured:
     def _what(self, what: str, **more: Any) -> dict[str, Any]:
         return {"what": what, "shape": repr(self.shape), "scale": self.scale, **more}
 
-    def update(self, workload: str, name: str, threads: int, number: int) -> list[float]:
+    def update(self, workload: str, name: str, settings: Settings, number: int) -> list[float]:
         """One update: its seconds, and those that it had of the processor."""
 
         def run() -> list[float]:
-            torch.set_num_threads(threads)
-            seconds, worked, _ = self.contenders.step(name, self._rows[workload])
-            print(f"{workload} {name} (threads {threads}): {seconds:.2f} s, {worked:.2f} s worked", flush=True)
+            torch.set_num_threads(settings.threads)
+            seconds, worked, _ = self.contenders.step(name, self._rows[workload], settings.at_once)
+            print(f"{workload} {name} ({settings}): {seconds:.2f} s, {worked:.2f} s worked", flush=True)
             return [seconds, worked]
 
-        return self.bench.arm(self._what("update", load=workload, name=name, threads=threads, number=number), run)
+        what = self._what("update", load=workload, name=name, **asdict(settings), number=number)
+        return self.bench.arm(what, run)
 
-    def threads(self, name: str) -> int:
-        """The faster setting of a contender, on group8."""
-        if self.bench.device != "cpu" or self.bench.quick:
-            return 1
-        return min(THREADS, key=lambda n: min(self.update("group8", name, n, i)[0] for i in range(-2, 0)))
+    def sweep(self, name: str) -> list[tuple[float, Settings]]:
+        """What a contender was tried with on group8 and the seconds it took, the fastest first: threads, then with the
+        better of them how much at once.
+        """
+
+        def tried(settings: Settings) -> tuple[float, Settings]:
+            return min(self.update("group8", name, settings, number)[0] for number in (-2, -1)), settings
+
+        first, *others = AT_ONCE[name]
+        if self.bench.quick:
+            return [(0.0, Settings(1, first))]
+        counts = THREADS if self.bench.device == "cpu" else THREADS[:1]
+        found = sorted(tried(Settings(count, first)) for count in counts)
+        return sorted([*found, *(tried(Settings(found[0][1].threads, many)) for many in others)])
 
     def numbers(self, workload: str, threads: int) -> dict[str, float]:
         """Everything about a workload but time: tokens, bounds, gradients' differences, bytes."""
@@ -98,7 +109,7 @@ class Measured:
 
         return self.bench.arm(self._what("numbers", load=workload), run)
 
-    def workload(self, workload: str, threads: Mapping[str, int]) -> dict[str, Any]:
+    def workload(self, workload: str, settings: Mapping[str, Settings]) -> dict[str, Any]:
         """One entry of `runs`."""
         names = [*NAMES, *(["forced"] if workload == "none8" else [])]
         seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -106,10 +117,10 @@ class Measured:
         for number in range(self.rounds):
             turn = number % len(names)
             for name in names[turn:] + names[:turn]:
-                found = self.update(workload, name, threads["tree" if name == "forced" else name], number)
+                found = self.update(workload, name, settings["tree" if name == "forced" else name], number)
                 seconds[name].append(found[0])
                 worked[name].append(found[1])
-        about = self.numbers(workload, threads["packed"])
+        about = self.numbers(workload, settings["packed"].threads)
         middle = {name: median(values) for name, values in seconds.items()}
         bound = min(about["token_bound"], about["operation_bound"])
         row = {
@@ -173,7 +184,10 @@ def plot(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def report(
-    found: Mapping[str, float], runs: Sequence[Mapping[str, Any]], threads: Mapping[str, int], bench: _bench.Bench
+    found: Mapping[str, float],
+    runs: Sequence[Mapping[str, Any]],
+    sweeps: Mapping[str, Sequence[tuple[float, Settings]]],
+    bench: _bench.Bench,
 ) -> str:
     """report.md."""
     machine, versions = _bench.machine(), _bench.versions()
@@ -191,7 +205,11 @@ def report(
         for run in runs
     )
     rounds = len(runs[0]["seconds"]["tree"])
-    chosen = ", ".join(f"{TITLES[name]} {count}" for name, count in threads.items())
+    tried = "\n".join(
+        f"| {TITLES[name]} | {settings} | {seconds:.2f} |"
+        for name, sweep in sweeps.items()
+        for seconds, settings in sweep
+    )
     return f"""# The token tree against flat training
 
 Seconds of one update (micro-batches made, forward and backward pass, TRL's GRPO loss), medians of {rounds} rounds,
@@ -209,8 +227,8 @@ device {bench.device}.
 {rest}
 
 The gradient's difference from the packed path's is the largest over the adapter, over the largest gradient; that of
-TRL's padded path stands beside it. MB kept: what a forward pass saves for backward, storages counted once, weights left
-out.
+TRL's padded path stands beside it. MB kept: what a forward pass over all rows saves for backward, storages counted
+once, weights left out; run some at a time, the packed path keeps a part of it at a time.
 
 ## What was run
 
@@ -225,12 +243,17 @@ a vocabulary of 8,192, LoRA of rank 16 on all linear layers. Rows of random toke
 
 Recorded log-probabilities are {0.25:g} nats (standard deviation) off the policy's, so that clipping takes part. "Packed,
 flat" computes each row whole, none padded, with the tree's own attention kernel. "Padded" is `GRPOTrainer`'s forward
-pass, eight rows of similar length at a time. The tree is what `espalier train` runs. The token bound is all tokens over
+pass, rows of similar length together. The tree is what `espalier train` runs. The token bound is all tokens over
 unique ones; the operation bound counts the operations of both: matrices by tokens, attention by pairs on a path,
 vocabulary by predictions. A ratio above its bound says that larger batches run a little faster.
 
-Threads, the faster of {" and ".join(map(str, THREADS))} on group8: {chosen}. torch {versions.get("torch")},
-transformers {versions.get("transformers")}, trl {versions.get("trl")}.
+Each runs with what was fastest for it on group8:
+
+| | settings | seconds |
+|---|---|---|
+{tried}
+
+torch {versions.get("torch")}, transformers {versions.get("transformers")}, trl {versions.get("trl")}.
 """
 
 
@@ -239,13 +262,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     bench = _bench.start(__file__, "training with the token tree against flat training", argv)
     shape, scale, rounds = (TINY, 16.0, 1) if bench.quick else (MID, 1.0, 3)
     measured = Measured(bench, shape, scale, rounds)
-    threads = {name: measured.threads(name) for name in NAMES}
-    runs = [measured.workload(name, threads) for name in WORKLOADS]
+    sweeps = {name: measured.sweep(name) for name in NAMES}
+    settings = {name: sweep[0][1] for name, sweep in sweeps.items()}
+    runs = [measured.workload(name, settings) for name in WORKLOADS]
     found = figures(runs)
     if bench.folder is not None:
         plot(runs, bench.folder / "plot.png")
-        (bench.folder / "report.md").write_text(report(found, runs, threads, bench), encoding="utf-8")
-    bench.finish(CLAIM, [SEED], found, [{"device": bench.device, "threads": threads}, *runs])
+        (bench.folder / "report.md").write_text(report(found, runs, sweeps, bench), encoding="utf-8")
+    tried = {name: [[seconds, asdict(s)] for seconds, s in sweep] for name, sweep in sweeps.items()}
+    bench.finish(CLAIM, [SEED], found, [{"device": bench.device, "sweep": tried}, *runs])
 
 
 if __name__ == "__main__":

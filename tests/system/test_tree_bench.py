@@ -58,8 +58,8 @@ def test_contenders_have_one_gradient(modules):
     assert largest > 0
     for name, grad in grads.items():
         assert float((grad - grads["packed"]).abs().max() / largest) < 1e-5, name
-    assert any("tree" in micro for micro in contenders.window("tree", rows).micro)
-    assert contenders.window("padded", rows).micro[0]["prompt"] > 1
+    assert any("tree" in micro for micro in contenders.window("tree", rows, 0).micro)
+    assert contenders.window("padded", rows, 8).micro[0]["prompt"] > 1
     before, after = contenders.saved(rows, False), contenders.saved(rows, True)
     assert before / after > 3.5
 
