@@ -77,7 +77,7 @@ def train_claimed(
     began = time.monotonic()
     with ExitStack() as stack:
         stack.enter_context(_said_in_one_sentence())
-        stack.enter_context(_torch(config))
+        stack.enter_context(_torch(config.trainer.threads))
         checkpoint = CheckpointStore(folder / "checkpoints").newest() if resume else None
         progress = checkpoint.progress if checkpoint else Progress()
         recorder = Recorder(folder, config, on_event, progress.metrics_bytes)
@@ -97,7 +97,7 @@ def follow(config: RunConfig) -> RunResult:
     from .grpo.trainer import build
 
     base = resolve_base(config.policy.base)
-    with _torch(config):
+    with _torch(config.trainer.threads):
         trainer = build(
             config,
             base,
@@ -134,7 +134,7 @@ def collect(config: RunConfig, *, episodes: int | None = None, on_event: Listene
     """
     folder = config.out / config.name
     base = resolve_base(config.policy.base)
-    with _said_in_one_sentence(), _torch(config), _open_side(config, base, folder) as (side, tasks):
+    with _said_in_one_sentence(), _torch(config.trainer.threads), _open_side(config, base, folder) as (side, tasks):
         write_config(folder, config)
         version = PolicyStore(folder / "policies", base).latest()
         side.publish(version)
@@ -198,20 +198,13 @@ def _source(run: Run, trajectories: Path | None, make: SourceMaker) -> Iterator[
 
 
 @contextmanager
-def _torch(config: RunConfig) -> Iterator[None]:
-    """Torch's threads for the trainer, and transformers' chatter off; both set back afterwards. On a CPU, memory that
-    was freed is kept.
-    """
+def _torch(threads: int) -> Iterator[None]:
+    """Torch's threads for the trainer, and transformers' chatter off; both set back afterwards."""
     import torch
     from transformers.utils import logging
 
-    from .model import keep_freed_memory, resolve_device
-
-    if resolve_device(config.policy.device) == "cpu":
-        keep_freed_memory()
-
     before, verbosity, bars = torch.get_num_threads(), logging.get_verbosity(), logging.is_progress_bar_enabled()
-    torch.set_num_threads(config.trainer.threads)
+    torch.set_num_threads(threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:

@@ -6,11 +6,9 @@ written sorted).
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +31,6 @@ from .errors import UserError
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Numbers of mallopt's parameters, from glibc's malloc.h."""
-
 
 def resolve_device(name: str) -> str:
     """ "cpu" or "cuda". Raises UserError when CUDA is asked for and not there."""
@@ -46,22 +41,6 @@ def resolve_device(name: str) -> str:
             'policy.device = "cuda", but this machine has no CUDA device that torch can use; set it to "cpu" or "auto"'
         )
     return name
-
-
-def release_cached_memory() -> None:
-    """Hand back the card's memory that torch keeps for later, so that another process can have it."""
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep what this process frees, where the library is glibc: otherwise it fetches every tensor of
-    32 MB and more from the kernel anew, page by page, which costs more than many an operation on it (mallopt(3)).
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def load_base(base: Path, section: PolicySection) -> PreTrainedModel:

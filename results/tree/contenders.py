@@ -17,14 +17,14 @@ from espalier.configs.schema import RunConfig
 from espalier.trainer.batch import Batch, Row, collate
 from espalier.trainer.grpo.config import grpo_config
 from espalier.trainer.grpo.trainer import OnlineGRPOTrainer, Window
-from espalier.trainer.model import keep_freed_memory, load_tokenizer, lora_config
+from espalier.trainer.model import load_tokenizer, lora_config
 from espalier.trainer.policy import resolve_base
 from espalier.trainer.tree.core import TokenTree, grow
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl.trainer.grpo_trainer import GRPOTrainer
 from workloads import VOCAB
 
-AT_ONCE = {"packed": (1280, 2560, 8192), "padded": (8, 2), "tree": (0,)}
+AT_ONCE = {"packed": (1280, 2560, 5120), "padded": (8, 2), "tree": (0,)}
 """What a contender may run at once, the first where nothing was tried: tokens of the packed path, rows of TRL's. How
 the tree is cut is the trainer's own choice.
 """
@@ -133,8 +133,6 @@ class Contenders:
             }
         )
         torch.manual_seed(0)
-        if device == "cpu":
-            keep_freed_memory()  # as the product's trainer
         self.shape = shape
         self._folder = tempfile.TemporaryDirectory()
         self.trainer = _Trainer(
