@@ -226,7 +226,7 @@ class Contenders:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in known:
                 kept[storage.data_ptr()] = storage.nbytes()
-            return tensor.detach()  # what a node returned would hold the node, and be held by it, for ever
+            return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             result = self.trainer._score(self.trainer.model, micro)
