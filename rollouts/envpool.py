@@ -254,8 +254,7 @@ class ThreadEnvPool:
         if self._closed:
             return
         while self._idle:
-            env = self._idle.pop()
-            self.end(env)
+            self.end(self._idle.pop())
         await asyncio.gather(*self._ending, return_exceptions=True)
         self._closed = True
         for _ in self._workers:

@@ -43,12 +43,6 @@ def resolve_device(name: str) -> str:
     return name
 
 
-def release_cached_memory() -> None:
-    """Hand back the card's memory that torch keeps for later, so that another process can have it."""
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-
-
 def load_base(base: Path, section: PolicySection) -> PreTrainedModel:
     """The frozen base, as the section asks for it. Raises UserError when this machine cannot do that."""
     device = resolve_device(section.device)

@@ -37,7 +37,7 @@ from ..rollouts.store import TrajectoryStore
 from ..rollouts.types import Group, PolicyVersion
 from .background import Background
 from .evaluate import EvalResult, evaluate_tasks
-from .model import release_cached_memory
+from .memory import release_cached_memory
 from .sampling import make_pool, make_runner, make_sampler
 
 SLACK_SECONDS = 60.0

@@ -226,7 +226,7 @@ class Contenders:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in known:
                 kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            return tensor.detach()  # a node's own result would be a reference cycle, never freed
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             result = self.trainer._score(self.trainer.model, micro)

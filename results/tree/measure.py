@@ -183,6 +183,26 @@ def plot(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
     plt.close(drawing)
 
 
+def _times(runs: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of report.md's table of times."""
+    return "\n".join(
+        f"| {run['workload']} | {median(run['seconds']['packed']):.1f} | {median(run['seconds']['padded']):.1f} "
+        f"| {median(run['seconds']['tree']):.1f} | {run['ratio']:.2f} | {run['token_bound']:.2f} "
+        f"| {run['operation_bound']:.2f} | {run['bound_share']:.0%} |"
+        for run in runs
+    )
+
+
+def _sizes(runs: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of report.md's table of tokens, bytes and gradients."""
+    return "\n".join(
+        f"| {run['workload']} | {run['tokens_total']:,} | {run['tokens_unique']:,} | {run['tokens_processed']:,} "
+        f"| {run['saved_bytes_packed'] / 1e6:,.0f} | {run['saved_bytes_tree'] / 1e6:,.0f} | {run['activations']:.2f} "
+        f"| {run['grad_error_tree']:.1e} | {run['grad_error_padded']:.1e} |"
+        for run in runs
+    )
+
+
 def report(
     found: Mapping[str, float],
     runs: Sequence[Mapping[str, Any]],
@@ -192,18 +212,6 @@ def report(
     """report.md."""
     machine, versions = _bench.machine(), _bench.versions()
     place = machine["gpu"] if bench.device == "cuda" else machine["cpu"]
-    times = "\n".join(
-        f"| {run['workload']} | {median(run['seconds']['packed']):.1f} | {median(run['seconds']['padded']):.1f} "
-        f"| {median(run['seconds']['tree']):.1f} | {run['ratio']:.2f} | {run['token_bound']:.2f} "
-        f"| {run['operation_bound']:.2f} | {run['bound_share']:.0%} |"
-        for run in runs
-    )
-    rest = "\n".join(
-        f"| {run['workload']} | {run['tokens_total']:,} | {run['tokens_unique']:,} | {run['tokens_processed']:,} "
-        f"| {run['saved_bytes_packed'] / 1e6:,.0f} | {run['saved_bytes_tree'] / 1e6:,.0f} | {run['activations']:.2f} "
-        f"| {run['grad_error_tree']:.1e} | {run['grad_error_padded']:.1e} |"
-        for run in runs
-    )
     rounds = len(runs[0]["seconds"]["tree"])
     tried = "\n".join(
         f"| {TITLES[name]} | {settings} | {seconds:.2f} |"
@@ -218,13 +226,13 @@ device {bench.device}.
 
 | workload | packed, flat | padded (TRL) | token tree | packed : tree | token bound | operation bound | share of the lower |
 |---|---|---|---|---|---|---|---|
-{times}
+{_times(runs)}
 
 ![times over the tree's](plot.png)
 
 | workload | tokens of all rows | unique | processed | MB kept, packed | MB kept, tree | ratio | gradient's difference | padded's |
 |---|---|---|---|---|---|---|---|---|
-{rest}
+{_sizes(runs)}
 
 The gradient's difference from the packed path's is the largest over the adapter, over the largest gradient; that of
 TRL's padded path stands beside it. MB kept: what a forward pass over all rows saves for backward, storages counted

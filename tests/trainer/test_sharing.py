@@ -481,28 +481,8 @@ def test_saved_activations_shrink_with_the_tokens(base, tmp_path):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # a node's own result would be a reference cycle, never freed
 
     (packed, all_tokens), (tree, unique) = weigh(False), weigh(True)
     assert all_tokens / unique > 2.5
     assert packed / tree > 0.85 * all_tokens / unique
-
-
-def test_on_a_cpu_passes_stay_small_enough_for_the_heap_where_that_costs_few_tokens(base, tmp_path, monkeypatch):
-    """Two groups that share 4 tokens of 24 each part from one another for nothing, eight rows that share 20 do not."""
-
-    def row(i, shared):
-        tokens = (*range(2, 2 + shared), *(30 + i for _ in range(24 - shared)))
-        return Row(tokens, (False, *[True] * 23), (0.0, *[-4.0] * 23), 1.0 - i % 2 * 2, f"t{i}", "g")
-
-    def passes(rows, micro_batch=64):
-        trainer = make(base, tmp_path, shared_prefix="tree", micro_batch=micro_batch)
-        return [micro["tree"].unique for micro in trainer.micro(rows, gradient=trainer._check_gradient)]
-
-    little, much = [row(i, 4) for i in range(8)], [row(i, 20) for i in range(8)]
-    assert len(passes(little)) == len(passes(much)) == 1, "all fits"
-    widest = 4 * sharing._widest(make(base, tmp_path).adapter.get_base_model())
-    monkeypatch.setattr(sharing, "HEAP_BYTES", 90 * widest)
-    assert len(passes(little)) == 2 and max(passes(little)) <= 90
-    monkeypatch.setattr(sharing, "HEAP_BYTES", 30 * widest)
-    assert len(passes(much)) == 1, "the prefix would be computed again and again"

@@ -39,6 +39,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from ...configs.schema import RunConfig
 from ..batch import TOKEN_MEAN, Batch, BatchSource, Row, collate, dealt, micro_batches, minibatches
 from ..correction import Mode, importance_ratio
+from ..memory import hand_back, keep_freed_memory
 from ..model import load_base, load_tokenizer, logit_rules, lora_config, read_adapter, resolve_device
 from ..parallel import add_up, gathered
 from ..tally import Tally
@@ -152,6 +153,7 @@ class OnlineGRPOTrainer(GRPOTrainer):
             1  # as the loop will say: what it takes for one batch is a whole update
         )
         self._window: Window | None = None
+        self._keeps_memory = self.accelerator.device.type == "cpu" and keep_freed_memory()
         self._micro: Tensors | None = None
         self._tally = Tally()
         self.sharing = Sharing(self.adapter, config, self.aux_loss_enabled)
@@ -303,6 +305,8 @@ class OnlineGRPOTrainer(GRPOTrainer):
         total = torch.zeros((), device=self.accelerator.device)
         for micro in window.micro:
             total = total + super().training_step(model, micro, None)  # type: ignore[no-untyped-call]
+            if self._keeps_memory:
+                hand_back()
         if self.accelerator.num_processes > 1:
             add_up([p.grad for p in self.adapter.parameters() if p.grad is not None])
         return total

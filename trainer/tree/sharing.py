@@ -35,14 +35,6 @@ LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4}
 LIMIT_16_BIT = 5e-2
 """The same in 16 bit, where rows computed in another order differ by 1e-2 already."""
 
-HEAP_BYTES = 32 << 20
-"""The largest tensor that glibc keeps for later when it is freed; larger ones come from the kernel anew for every
-operation, page by page (mallopt(3), M_MMAP_THRESHOLD).
-"""
-
-SLOWER = 1.3
-"""How many tokens in passes without such tensors take no longer than one in a pass with them, on a CPU."""
-
 CHECKED_ROWS = 4
 """Rows that are compared, beside the longest."""
 
@@ -67,9 +59,7 @@ class Sharing:
         self.limit = LIMITS.get(getattr(torch, config.policy.dtype), LIMIT_16_BIT)
         self.reason = self._not_asked(config) or why_flat(self._model, aux_loss=aux_loss)
         self.refused = self.reason is not None and config.trainer.shared_prefix == "tree"
-        weight = next(self._model.parameters())
-        self._backends = BACKENDS.get(weight.device.type, ("tiles",))
-        self._quick = HEAP_BYTES // (weight.element_size() * _widest(self._model)) if weight.device.type == "cpu" else 0
+        self._backends = BACKENDS.get(next(self._model.parameters()).device.type, ("tiles",))
         self.backend: Backend = self._backends[0]
         self.failed: list[str] = []
         self.compared = False
@@ -103,7 +93,7 @@ class Sharing:
         """
         if self.reason is not None or not rows:
             return None
-        parts = self._cut(rows, processes)
+        parts = cut(rows, self._rows * max(len(row.tokens) for row in rows), processes)
         ratio = _tokens(rows) / sum(map(unique_tokens, parts))
         if gradient is not None:
             self._ratio = ratio
@@ -112,16 +102,6 @@ class Sharing:
         if not self.compared and gradient is not None:
             self._compare(max(parts, key=lambda part: _tokens(part) - unique_tokens(part)), gradient)
         return parts if self.compared and self.reason is None else None
-
-    def _cut(self, rows: Sequence[Row], processes: int) -> list[list[Row]]:
-        """Smaller than memory asks for where that is faster, although more is computed."""
-        budget = self._rows * max(len(row.tokens) for row in rows)
-        parts = cut(rows, budget, processes)
-        if 0 < self._quick < budget:
-            smaller = cut(rows, self._quick, processes)
-            if sum(map(unique_tokens, smaller)) <= SLOWER * sum(map(unique_tokens, parts)):
-                return smaller
-        return parts
 
     def _compare(self, rows: Sequence[Row], gradient: Gradient) -> None:
         few = weighed(telling(rows, CHECKED_ROWS))
@@ -169,10 +149,3 @@ def weighed(rows: Iterable[Row]) -> list[Row]:
     """
     draw = random.Random(0)
     return [replace(row, logprobs=tuple(draw.gauss(0, 1) if m else 0.0 for m in row.mask)) for row in rows]
-
-
-def _widest(model: PreTrainedModel) -> int:
-    """Numbers a token in the largest tensor of a pass; the head projects some tokens at a time."""
-    head = model.get_output_embeddings()
-    layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear) and layer is not head]
-    return max((max(layer.in_features, layer.out_features) for layer in layers), default=1)
