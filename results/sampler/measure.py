@@ -4,7 +4,7 @@ Always true: both get the same prompts, the same adapter, the same limits, and g
 that they sample; no prompt is met twice, so nothing is cached from an earlier round; contenders alternate within one
 run, each at the thread setting that this run's sweep found best for it. `generate` runs with the adapter merged and
 unmerged, and its better form counts. Only tokens up to an episode's stop token count. Where vLLM is installed it is a
-contender too, the real one, with the adapter loaded beside its base.
+contender too, the real one, with the adapter loaded beside its base; on the CPU at the fastest of `engine.SETTINGS`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 import _bench
 import espalier.trainer
 import torch
+from engine import SETTINGS, Setting, fastest
 from espalier.configs.load import load
 from espalier.rollouts.digest import folder_digest
 from espalier.rollouts.render import make_renderer
@@ -103,29 +104,57 @@ class Contenders:
 
     def __init__(self, policy: Policy, adapter: Path, threads: Sequence[int], device: str) -> None:
         self.policy, self.threads, self._device = policy, tuple(threads), device
-        self._samplers: dict[tuple[str, int], Sampler] = {
-            ("embedded", n): TorchSampler(policy.base, slots=SLOTS, threads=n, device=device) for n in threads
-        }
-        if find_spec("vllm") is not None:
-            from espalier.rollouts.samplers.vllm import VllmSampler
-
-            for n in threads:
-                self._samplers["vllm", n] = VllmSampler(
-                    policy.base,
-                    slots=SLOTS,
-                    threads=n,
-                    max_tokens=512,
-                    rank=16,
-                    card=0 if device == "cuda" else None,
-                    eager=device == "cpu",
-                )
+        self._loop = asyncio.new_event_loop()
+        self._version = PolicyVersion(1, folder_digest(adapter), adapter, str(policy.base))
+        self._samplers: dict[tuple[str, int], Sampler] = {}
+        for n in threads:
+            self._add("embedded", n, TorchSampler(policy.base, slots=SLOTS, threads=n, device=device))
+        self.engine: Setting | None = None
         self.unmerged = _with_adapter(policy.base, adapter, device)
         merged: Any = _with_adapter(policy.base, adapter, device)
         self.merged: PreTrainedModel = merged.merge_and_unload().eval()
-        self._loop = asyncio.new_event_loop()
-        version = PolicyVersion(1, folder_digest(adapter), adapter, str(policy.base))
-        for sampler in self._samplers.values():
-            self._loop.run_until_complete(sampler.publish(version))
+
+    def _add(self, name: str, threads: int, sampler: Sampler) -> None:
+        self._samplers[name, threads] = sampler
+        self._loop.run_until_complete(sampler.publish(self._version))
+
+    def start_engine(self, setting: Setting) -> None:
+        """vLLM joins, run so, in the place of the engine that was there."""
+        from espalier.rollouts.samplers.vllm import VllmSampler
+
+        self.stop_engine()
+        with setting.set():
+            sampler = VllmSampler(
+                self.policy.base,
+                slots=SLOTS,
+                threads=setting.threads,
+                max_tokens=512,
+                rank=16,
+                card=0 if self._device == "cuda" else None,
+                eager=self._device == "cpu",
+            )
+            self._add("vllm", setting.threads, sampler)
+        self.engine = setting
+
+    def stop_engine(self) -> None:
+        """vLLM leaves."""
+        if self.engine is not None:
+            sampler = self._samplers.pop(("vllm", self.engine.threads))
+            self._loop.run_until_complete(sampler.close())
+            self.engine = None
+
+    def sweep_engine(self, case: Case, rounds: int) -> list[tuple[str, list[float]]]:
+        """Start vLLM at the fastest of `SETTINGS` in `case`; what was found of each."""
+
+        def speeds(setting: Setting) -> list[float]:
+            self.start_engine(setting)
+            found = [self.sampler("vllm", case, self.episodes(case), setting.threads)[0] for _ in range(rounds)]
+            print(f"vLLM ({setting}): {median(found):,.0f} tok/s", flush=True)
+            return found
+
+        best, rows = fastest(speeds)
+        self.start_engine(best)
+        return rows
 
     def close(self) -> None:
         """Stop the samplers."""
@@ -137,11 +166,6 @@ class Contenders:
         """New prompts, one an episode."""
         drawn = itertools.islice(self.policy.prompts, case.groups)
         return [prompt for prompt in drawn for _ in range(case.group)]
-
-    @property
-    def names(self) -> list[str]:
-        """Which samplers there are."""
-        return list(dict.fromkeys(name for name, _ in self._samplers))
 
     def sampler(self, name: str, case: Case, prompts: list[Prompt], threads: int) -> tuple[float, list[Sample]]:
         """Tokens per second of a sampler, and the samples."""
@@ -241,21 +265,35 @@ def compare(contenders: Contenders, case: Case, rounds: int) -> dict[str, Any]:
         return contenders.sampler(name, case, contenders.episodes(case), threads)[0]
 
     forms: dict[str, Callable[[int], float]] = {
-        **{name: partial(sampler, name) for name in contenders.names},
+        "embedded": partial(sampler, "embedded"),
         "generate_merged": partial(generate, contenders.merged),
         "generate_adapter": partial(generate, contenders.unmerged),
     }
     sweeps = {name: _bench.sweep_threads(speed, contenders.threads, rounds) for name, speed in forms.items()}
     best = {name: partial(speed, sweeps[name].best) for name, speed in forms.items()}
+    threads: dict[str, Any] = {name: sweep.best for name, sweep in sweeps.items()}
+    if contenders.engine is not None:
+        best["vllm"] = partial(sampler, "vllm", contenders.engine.threads)
+        threads["vllm"] = str(contenders.engine)
     return {
         "case": case.name,
         "at_once": case.at_once,
         "episodes": case.groups * case.group,
         "group": case.group,
-        "threads": {name: sweep.best for name, sweep in sweeps.items()},
+        "threads": threads,
         "sweep": {name: sweep.rows for name, sweep in sweeps.items()},
         "tok_s": _bench.alternate(best, rounds),
     }
+
+
+def start_vllm(contenders: Contenders, case: Case, bench: _bench.Bench) -> list[tuple[str, list[float]]]:
+    """Let vLLM take part where it is installed; what was found of its settings."""
+    if find_spec("vllm") is None:
+        return []
+    if bench.device == "cuda" or bench.quick:
+        contenders.start_engine(SETTINGS[0])
+        return []
+    return contenders.sweep_engine(case, 3)
 
 
 def measure(
@@ -285,88 +323,6 @@ def measure(
     return figures, runs
 
 
-LABELS = {
-    "1": "1",
-    "16": "16",
-    "64": "64",
-    "64_distinct": "64,\nno shared prompts",
-    "64_fixed": "64,\nequal lengths",
-}
-
-
-def plot(figures: dict[str, float], path: Path) -> None:
-    """Bars of tokens per second, with the ratio above."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7.5, 4))
-    bars = [("generate", "transformers generate"), ("embedded", "embedded sampler")]
-    bars += [("vllm", "vLLM")] if "tok_s_vllm_64" in figures else []
-    width = 0.8 / len(bars)
-    for i, (who, text) in enumerate(bars):
-        heights = [figures[f"tok_s_{who}_{name}"] for name in LABELS]
-        axes.bar([x + width * (i - (len(bars) - 1) / 2) for x in range(len(LABELS))], heights, 0.95 * width, label=text)
-    for x, name in enumerate(LABELS):
-        height, place = figures[f"tok_s_embedded_{name}"], x + width * (1 - (len(bars) - 1) / 2)
-        axes.text(place, height, f"{figures[f'ratio_generate_{name}']:.1f}x", ha="center", va="bottom")
-    axes.set_xticks(range(len(LABELS)), list(LABELS.values()))
-    axes.set_xlabel("episodes at once")
-    axes.set_ylabel("sampled tokens per second")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def report(figures: dict[str, float], runs: Sequence[dict[str, Any]], rounds: int, device: str) -> str:
-    """report.md."""
-    machine = _bench.machine()
-    rows = []
-    for run in runs:
-        name = run["case"]
-        form = max(("generate_merged", "generate_adapter"), key=lambda form: median(run["tok_s"][form]))
-        vllm = f"{figures[f'tok_s_vllm_{name}']:,.0f} ({run['threads']['vllm']})" if "vllm" in run["tok_s"] else "-"
-        rows.append(
-            f"| {LABELS[name].replace(chr(10), ' ')} | {figures[f'tok_s_embedded_{name}']:,.0f} "
-            f"({run['threads']['embedded']}) | {figures[f'tok_s_generate_{name}']:,.0f} "
-            f"({run['threads'][form]}, {form.removeprefix('generate_')}) | {figures[f'ratio_generate_{name}']:.1f} "
-            f"| {vllm} |"
-        )
-    table = "\n".join(rows)
-    place = machine["gpu"] if device == "cuda" else machine["cpu"]
-    return f"""# The embedded sampler against transformers' generate
-
-Sampled tokens per second, medians of {rounds} rounds, contenders alternating in one run on one machine
-({place}, {machine["cores"]} cores, {machine["system"]}), float32, device {device}.
-
-| episodes at once | embedded (threads) | generate (threads, form) | embedded : generate | vLLM (threads) |
-|---|---|---|---|---|
-{table}
-
-![tokens per second](plot.png)
-
-Largest difference between a recorded log-probability and the trainer's forward (transformers, adapter unmerged):
-{figures["logprob_max_diff"]:.2g} nats.
-
-What was run: first turns of the demo's training tasks on the shipped tiny policy with a LoRA adapter of rank 16 on all
-linear layers, at temperature 1 without truncation: prompts of {figures["prompt_tokens_mean"]:.0f} tokens on average,
-{figures["sampled_tokens_mean"]:.0f} sampled until the stop token. Groups of eight episodes share a prompt, as GRPO's do. With
-16 and 64 at once there are 64 and 256 episodes: the embedded sampler lets the next one in when one has ended, `generate`
-takes them in batches, padded on the left, and each batch runs until its longest episode has ended. Both compute the
-log-probability of every sampled token; tokens after a stop token are not counted. Every round has new prompts, so
-nothing is cached from an earlier one, and reading the prompts is inside the measured time.
-
-Two more rows take away what real episodes give the embedded sampler. "No shared prompts": every episode has a prompt of
-its own. "Equal lengths": every episode samples exactly 32 tokens, so that no batch waits for its longest.
-
-Each contender runs at the thread setting that a sweep in this run found best for it; `generate` with the adapter merged
-and unmerged, the better form counted. The sweep and all rounds are in figures.json.
-"""
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, and write figures.json, report.md and plot.png."""
     bench = _bench.start(__file__, "tokens/s of the embedded sampler", argv)
@@ -376,16 +332,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         policy = shipped_policy()
         contenders = Contenders(policy, make_adapter(policy.base, Path(folder)), threads, bench.device)
         try:
+            tried = start_vllm(contenders, next(case for case in cases if case.name == "64"), bench)
             figures, runs = measure(contenders, cases, rounds)
         finally:
             contenders.close()
     if bench.folder is not None:
+        from page import plot, report
+
         plot(figures, bench.folder / "plot.png")
         (bench.folder / "report.md").write_text(report(figures, runs, rounds, bench.device), encoding="utf-8")
     claim = (
         "The embedded sampler makes at least 3 times the tokens per second of transformers' generate at 64 episodes."
     )
-    bench.finish(claim, [SEED], figures, [{"device": bench.device}, *runs])
+    bench.finish(claim, [SEED], figures, [{"device": bench.device, "vllm_tok_s": tried}, *runs])
 
 
 if __name__ == "__main__":
