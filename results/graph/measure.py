@@ -4,8 +4,8 @@ Always true: a rollout draws its own actions, by a generator of its own; the sam
 without it, and every observation, reward and end is compared; what the environments did is counted in the environments'
 pool (first executions, those done again to come to a state, those done again to check), and all of it counts against
 the graph. Sixteen rollouts a task, at most four live environments. Toy-text policies are seeded softmax tables of two
-sharpnesses, the same in every epoch; the spreadsheet policy is the shipped one in the embedded sampler; the sandbox
-policy is a script with chances, not a model.
+sharpnesses, the same in every epoch; spreadsheets and coding tasks are played by the shipped policies in the embedded
+sampler, terminal work in the sandbox by a script with chances, not a model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 import _bench
 import coding
-import spreadsheets
+import policies
 import toytext
 from espalier.envs.core import Action, Observation, Task
 from espalier.rollouts.envpool import EnvPool
@@ -206,11 +206,13 @@ def main() -> None:
                 return asyncio.run(toy(kind, sharpness, tasks, epochs))
 
             runs.append(bench.arm({"toy": kind, "sharpness": sharpness, "tasks": tasks}, measure))
-    runs.append(
-        bench.arm(
-            {"spreadsheets": 1}, lambda: asyncio.run(spreadsheets.measure(2 if quick else 24, 4 if quick else 16))
-        )
-    )
+    shipped = [("spreadsheet", "spreadsheet-tiny", 24)] + [("code", "code-tiny", 4)] * coding.possible()
+    for name, config, many in shipped:
+
+        def played(name: str = name, config: str = config, many: int = many) -> dict[str, Any]:
+            return asyncio.run(policies.measure(name, config, 2 if quick else many, 4 if quick else ROLLOUTS))
+
+        runs.append(bench.arm({"shipped": config, "tasks": many}, played))
     if coding.possible():
         arm = (1, 1, 4) if quick else (4, 2, ROLLOUTS)
         runs.append(bench.arm({"sandbox": arm}, lambda: asyncio.run(sandbox(*arm))))
@@ -275,7 +277,8 @@ out: 1 means that nothing was done twice.
 Toy-text: 24 tasks, {EPOCHS} epochs, {STEPS} steps at most; policies are random softmax tables (logits are the sharpness
 times a standard normal), the same in each epoch: read the order, not the sizes. Spreadsheet: `spreadsheet-tiny`'s
 training tasks with the shipped policy at temperature 1 in the embedded sampler; whole trajectories are compared, token
-ids and log-probabilities included. Sandbox: generated coding tasks; the policy is a script that at each turn does what
+ids and log-probabilities included. Code: the same with `code-tiny`, whose policy reads a file, writes one whole and
+submits. Sandbox: terminal work on generated coding tasks; the policy is a script that at each turn does what
 it does most there with chance {coding.HABIT:g}, else draws evenly among commands, edits and tests, so its figure says
 what such a script repeats, not what a model does; states are named by the history of what may have changed something.
 

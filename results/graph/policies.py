@@ -1,4 +1,4 @@
-"""Spreadsheet tasks with the shipped policy in the embedded sampler: whole trajectories, with the graph and without."""
+"""Shipped configurations with their base policy in the embedded sampler: whole trajectories, with the graph and without."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ from espalier.trainer.sampling import make_pool, make_runner, make_sampler
 EPOCHS = 2
 
 
-async def measure(tasks: int, size: int) -> dict[str, Any]:
-    """`tasks` tasks, `size` rollouts each, all at once; two epochs of the same policy with other draws."""
+async def measure(name: str, shipped: str, tasks: int, size: int) -> dict[str, Any]:
+    """`tasks` tasks of a `shipped` configuration, `size` rollouts each, all at once; two epochs of the same policy with other draws."""
     with tempfile.TemporaryDirectory(prefix="espalier-bench-") as folder:
         common = ["--out", folder, "--env.task_count", str(max(tasks, 8)), "--sampler.slots", str(tasks * size)]
         live = max(1, tasks * size // 4)
-        on = load("spreadsheet-tiny", [*common, "--graph.live", str(live)])
-        off = load("spreadsheet-tiny", [*common, "--graph.enabled", "false"])
+        on = load(shipped, [*common, "--graph.live", str(live)])
+        off = load(shipped, [*common, "--graph.enabled", "false"])
         base = resolve_base(on.policy.base)
         version = PolicyStore(Path(folder) / "policies", base).base_version
         known = tasklists.load(on.env, "train", on.seed, on.env.task_count)[:tasks]
         seconds, episodes = {}, {}
         pool: EnvPool
-        for name, config in (("warm-up", off), ("off", off), ("on", on)):
+        for how, config in (("warm-up", off), ("off", off), ("on", on)):
             pool = make_pool(config, known)
             started = time.perf_counter()
-            episodes[name], marks = await _play(config, base, version, pool, known, size)
-            seconds[name] = time.perf_counter() - started
+            episodes[how], marks = await _play(config, base, version, pool, known, size)
+            seconds[how] = time.perf_counter() - started
         assert isinstance(pool, GraphPool)
         counts = pool.counts
         one, two = marks[0], asdict(counts)
         spent = [c["executed"] + c["bypassed"] + c["replayed"] + c["verified"] for c in (one, two)]
         edges = sum(len(space.edges) + (space.row.root is not None) for space in pool.graph._spaces.values())
     return {
-        "name": "spreadsheet", "rollouts": tasks * size, "dedup": one["requested"] / spent[0],
+        "name": name, "rollouts": tasks * size, "dedup": one["requested"] / spent[0],
         "dedup_epochs": two["requested"] / spent[1], "distinct": edges,
         "executed_over_distinct": (counts.executed + counts.replayed) / edges, "live_most": counts.live_most,
         "identical": episodes["on"] == episodes["off"], "mismatches": counts.mismatches, "counts": two,
