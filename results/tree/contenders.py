@@ -48,19 +48,22 @@ class Settings:
 
 @dataclass(frozen=True)
 class Shape:
-    """A Qwen3 of random weights."""
+    """A Qwen3 of random weights; `what` it is, for people."""
 
+    what: str
     layers: int
     hidden: int
     intermediate: int
     heads: int
     key_heads: int
     head: int
+    vocabulary: int = VOCAB
+    dtype: str = "float32"
 
     def config(self) -> Qwen3Config:
         """For transformers."""
         return Qwen3Config(
-            vocab_size=VOCAB,
+            vocab_size=self.vocabulary,
             hidden_size=self.hidden,
             intermediate_size=self.intermediate,
             num_hidden_layers=self.layers,
@@ -78,11 +81,13 @@ class Shape:
         return [*attention, *[(self.hidden, self.intermediate)] * 2, (self.intermediate, self.hidden)]
 
 
-MID = Shape(layers=4, hidden=1024, intermediate=3072, heads=16, key_heads=8, head=128)
-"""Four layers of Qwen3-0.6B."""
-
-TINY = Shape(layers=2, hidden=64, intermediate=128, heads=4, key_heads=2, head=16)
-"""For a smoke run."""
+MID = Shape("four layers of Qwen3-0.6B", layers=4, hidden=1024, intermediate=3072, heads=16, key_heads=8, head=128)
+TINY = Shape("two tiny layers", layers=2, hidden=64, intermediate=128, heads=4, key_heads=2, head=16)
+WHOLE = {
+    "0_6b": Shape("Qwen3-0.6B", 28, 1024, 3072, 16, 8, 128, 151_936, "bfloat16"),
+    "4b": Shape("Qwen3-4B", 36, 2560, 9728, 32, 8, 128, 151_936, "bfloat16"),
+}
+"""Whole models, for a GPU."""
 
 RANK = 16
 
@@ -94,7 +99,9 @@ def operations(tree: TokenTree, shape: Shape) -> float:
     matrices = sum(4 * a * b + 6 * RANK * (a + b) for a, b in shape.linear())
     pairs = float((tree.positions + 1).sum())
     attention = 14 * shape.heads * shape.head * pairs
-    return shape.layers * (tree.unique * matrices + attention) + 6 * shape.hidden * VOCAB * tree.targets.numel()
+    return (
+        shape.layers * (tree.unique * matrices + attention) + 6 * shape.hidden * shape.vocabulary * tree.targets.numel()
+    )
 
 
 class _Nothing:
@@ -128,15 +135,16 @@ class Contenders:
     def __init__(self, shape: Shape, device: str) -> None:
         config = RunConfig.model_validate(
             {
-                "policy": {"device": device, "lora": {"rank": RANK, "alpha": 2 * RANK}},
+                "policy": {"device": device, "dtype": shape.dtype, "lora": {"rank": RANK, "alpha": 2 * RANK}},
                 "trainer": {"off_policy_correction": "none", "shared_prefix": "tree"},
             }
         )
         torch.manual_seed(0)
         self.shape = shape
+        dtype = getattr(torch, shape.dtype)
         self._folder = tempfile.TemporaryDirectory()
         self.trainer = _Trainer(
-            model=Qwen3ForCausalLM._from_config(shape.config(), attn_implementation="sdpa"),
+            model=Qwen3ForCausalLM._from_config(shape.config(), attn_implementation="sdpa", dtype=dtype),
             tokenizer=load_tokenizer(resolve_base("tiny")),
             lora=lora_config(config.policy),
             config=config,
@@ -151,14 +159,14 @@ class Contenders:
 
     def recorded(self, rows: Sequence[Row]) -> list[Row]:
         """The rows with log-probabilities near those of the policy."""
-        micro = self.trainer._collate(list(rows), True)
-        with torch.no_grad():
-            logps, _ = self.trainer._score(self.trainer.model, micro)
         draw, found = random.Random(0), []
-        for i, row in enumerate(rows):
-            near = [0.0, *logps[i, : len(row.tokens) - 1].tolist()]
-            kept = (value + draw.gauss(0, SIGMA) if m else 0.0 for value, m in zip(near, row.mask, strict=True))
-            found.append(replace(row, logprobs=tuple(kept)))
+        for part in packs(rows, AT_ONCE["packed"][0]):
+            with torch.no_grad():
+                logps, _ = self.trainer._score(self.trainer.model, self.trainer._collate(part, True))
+            for i, row in enumerate(part):
+                near = [0.0, *logps[i, : len(row.tokens) - 1].tolist()]
+                kept = (value + draw.gauss(0, SIGMA) if m else 0.0 for value, m in zip(near, row.mask, strict=True))
+                found.append(replace(row, logprobs=tuple(kept)))
         return found
 
     def window(self, name: str, rows: Sequence[Row], at_once: int) -> Window:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import median
@@ -18,7 +18,7 @@ from typing import Any
 
 import _bench
 import torch
-from contenders import AT_ONCE, MID, NAMES, TINY, Contenders, Settings, Shape, operations
+from contenders import AT_ONCE, MID, NAMES, SIGMA, TINY, WHOLE, Contenders, Settings, Shape, operations
 from espalier.trainer.batch import Row
 from espalier.trainer.tree.core import grow
 from workloads import WORKLOADS
@@ -143,6 +143,22 @@ class Measured:
         return row
 
 
+@dataclass(frozen=True)
+class Found:
+    """What was found of one shape: what each contender was tried with, fastest first, and the runs by workload."""
+
+    shape: Shape
+    sweeps: Mapping[str, Sequence[tuple[float, Settings]]]
+    runs: Sequence[Mapping[str, Any]]
+
+
+def found_of(measured: Measured) -> Found:
+    """Sweep, then measure all workloads."""
+    sweeps = {name: measured.sweep(name) for name in NAMES}
+    settings = {name: sweep[0][1] for name, sweep in sweeps.items()}
+    return Found(measured.shape, sweeps, [measured.workload(name, settings) for name in WORKLOADS])
+
+
 def figures(runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The figures of the claim, and what stands beside them."""
     by = {run["workload"]: run for run in runs}
@@ -150,6 +166,7 @@ def figures(runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     none8 = by["none8"]["seconds"]
     return {
         "bound_share_min": min(run["bound_share"] for run in shared),
+        "token_bound_share_min": min(run["ratio"] / run["token_bound"] for run in shared),
         **{f"ratio_{name}": run["ratio"] for name, run in by.items()},
         "activations_bin16": by["bin16"]["activations"],
         "processed_over_unique_max": max(run["tokens_processed"] / run["tokens_unique"] for run in runs),
@@ -203,82 +220,97 @@ def _sizes(runs: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def report(
-    found: Mapping[str, float],
-    runs: Sequence[Mapping[str, Any]],
-    sweeps: Mapping[str, Sequence[tuple[float, Settings]]],
-    bench: _bench.Bench,
-) -> str:
-    """report.md."""
-    machine, versions = _bench.machine(), _bench.versions()
-    place = machine["gpu"] if bench.device == "cuda" else machine["cpu"]
-    rounds = len(runs[0]["seconds"]["tree"])
+def _section(found: Found, picture: str) -> str:
+    """report.md's tables of one shape."""
+    overhead = 1 / figures(found.runs)["ratio_none8_as_tree"]
     tried = "\n".join(
         f"| {TITLES[name]} | {settings} | {seconds:.2f} |"
-        for name, sweep in sweeps.items()
+        for name, sweep in found.sweeps.items()
         for seconds, settings in sweep
     )
-    return f"""# The token tree against flat training
+    return f"""## {found.shape.what[0].upper() + found.shape.what[1:]}
 
-Seconds of one update (micro-batches made, forward and backward pass, TRL's GRPO loss), medians of {rounds} rounds,
-contenders alternating in one run on one machine ({place}, {machine["cores"]} cores, {machine["system"]}), float32,
-device {bench.device}.
+Hidden {found.shape.hidden}, {found.shape.layers} layers, {found.shape.heads} query and {found.shape.key_heads} key heads
+of {found.shape.head}, a vocabulary of {found.shape.vocabulary:,}, {found.shape.dtype}.
 
 | workload | packed, flat | padded (TRL) | token tree | packed : tree | token bound | operation bound | share of the lower |
 |---|---|---|---|---|---|---|---|
-{_times(runs)}
+{_times(found.runs)}
 
-![times over the tree's](plot.png)
+![times over the tree's]({picture})
 
 | workload | tokens of all rows | unique | processed | MB kept, packed | MB kept, tree | ratio | gradient's difference | padded's |
 |---|---|---|---|---|---|---|---|---|
-{_sizes(runs)}
+{_sizes(found.runs)}
 
+Run as a tree nevertheless, `none8` takes {overhead:.2f} times as long as packed. Each contender runs with what was
+fastest for it on group8:
+
+| | settings | seconds |
+|---|---|---|
+{tried}
+"""
+
+
+def report(results: Mapping[str, Found], bench: _bench.Bench) -> str:
+    """report.md."""
+    machine, versions = _bench.machine(), _bench.versions()
+    place = machine["gpu"] if bench.device == "cuda" else machine["cpu"]
+    rounds = len(next(iter(results.values())).runs[0]["seconds"]["tree"])
+    sections = "\n".join(_section(found, f"plot{suffix}.png") for suffix, found in results.items())
+    return f"""# The token tree against flat training
+
+Seconds of one update (micro-batches made, forward and backward pass, TRL's GRPO loss), medians of {rounds} rounds,
+contenders alternating in one run on one machine ({place}, {machine["cores"]} cores, {machine["system"]}), device
+{bench.device}.
+
+{sections}
 The gradient's difference from the packed path's is the largest over the adapter, over the largest gradient; that of
 TRL's padded path stands beside it. MB kept: what a forward pass over all rows saves for backward, storages counted
 once, weights left out; run some at a time, the packed path keeps a part of it at a time.
 
 ## What was run
 
-Four layers of Qwen3-0.6B's shape (hidden {MID.hidden}, {MID.heads} query and {MID.key_heads} key heads of {MID.head}), random weights,
-a vocabulary of 8,192, LoRA of rank 16 on all linear layers. Rows of random tokens:
+Random weights of Qwen3's shapes, LoRA of rank 16 on all linear layers. Rows of random tokens:
 
 * `group8`: a prompt of 512 tokens, eight answers of 64 to 192;
 * `bin16`: a prompt of 640, four turns that branch in two, each 64 sampled tokens and 64 of the environment;
 * `irr16`: sixteen episodes of nine turns, each branching off an earlier one at a random turn;
-* `none8`: eight rows of 640 that share nothing. The trainer then takes its flat path; run as a tree nevertheless, they
-  take {1 / found["ratio_none8_as_tree"]:.2f} times as long as packed.
+* `none8`: eight rows of 640 that share nothing: the trainer takes its flat path.
 
-Recorded log-probabilities are {0.25:g} nats (standard deviation) off the policy's, so that clipping takes part. "Packed,
+Recorded log-probabilities are {SIGMA:g} nats (standard deviation) off the policy's, so that clipping takes part. "Packed,
 flat" computes each row whole, none padded, with the tree's own attention kernel. "Padded" is `GRPOTrainer`'s forward
 pass, rows of similar length together. The tree is what `espalier train` runs. The token bound is all tokens over
 unique ones; the operation bound counts the operations of both: matrices by tokens, attention by pairs on a path,
 vocabulary by predictions. A ratio above its bound says that larger batches run a little faster.
-
-Each runs with what was fastest for it on group8:
-
-| | settings | seconds |
-|---|---|---|
-{tried}
 
 torch {versions.get("torch")}, transformers {versions.get("transformers")}, trl {versions.get("trl")}.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, and write figures.json, report.md and plot.png."""
+    """Measure, and write figures.json, report.md and a plot a shape."""
     bench = _bench.start(__file__, "training with the token tree against flat training", argv)
-    shape, scale, rounds = (TINY, 16.0, 1) if bench.quick else (MID, 1.0, 3)
-    measured = Measured(bench, shape, scale, rounds)
-    sweeps = {name: measured.sweep(name) for name in NAMES}
-    settings = {name: sweep[0][1] for name, sweep in sweeps.items()}
-    runs = [measured.workload(name, settings) for name in WORKLOADS]
-    found = figures(runs)
+    shapes = {f"_{name}": shape for name, shape in WHOLE.items()} if bench.device == "cuda" else {"": MID}
+    scale, rounds = (16.0, 1) if bench.quick else (1.0, 3)
+    results = {
+        suffix: found_of(Measured(bench, TINY if bench.quick else shape, scale, rounds))
+        for suffix, shape in shapes.items()
+    }
     if bench.folder is not None:
-        plot(runs, bench.folder / "plot.png")
-        (bench.folder / "report.md").write_text(report(found, runs, sweeps, bench), encoding="utf-8")
-    tried = {name: [[seconds, asdict(s)] for seconds, s in sweep] for name, sweep in sweeps.items()}
-    bench.finish(CLAIM, [SEED], found, [{"device": bench.device, "sweep": tried}, *runs])
+        for suffix, found in results.items():
+            plot(found.runs, bench.folder / f"plot{suffix}.png")
+        (bench.folder / "report.md").write_text(report(results, bench), encoding="utf-8")
+    about = [
+        {
+            "shape": asdict(found.shape),
+            "sweep": {name: [[seconds, asdict(s)] for seconds, s in sweep] for name, sweep in found.sweeps.items()},
+            "workloads": found.runs,
+        }
+        for found in results.values()
+    ]
+    named = {f"{name}{suffix}": value for suffix, r in results.items() for name, value in figures(r.runs).items()}
+    bench.finish(CLAIM, [SEED], named, about)
 
 
 if __name__ == "__main__":
