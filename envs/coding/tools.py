@@ -165,13 +165,21 @@ def list_files(desk: Desk, path: Annotated[str, Field(max_length=4096, examples=
 @tool(effect="writes", blocking=True, other_names=("test", "pytest", "tests"))
 def run_tests(desk: Desk) -> str:
     """Run the tests that are in the workspace."""
-    found = testing.run_visible(desk.box, desk.seconds)
+    try:
+        found = testing.run_visible(desk.box, desk.seconds)
+    except ValueError as error:
+        return f"[{error}]"
     if found is None:
         desk.stopped.append("time")
         return f"[the tests did not end within {desk.seconds:g} s]"
-    lines = [f"{r.name}: {r.outcome}" + (f": {r.message}" if r.outcome == "failed" else "") for r in found]
-    passed = sum(r.outcome == "passed" for r in found)
-    return "\n".join([*lines, f"{passed} of {len(found)} passed"]) if found else "no tests were found"
+    lines = [f"{r.name}: {r.outcome}" + (f": {r.message}" if r.outcome == "failed" else "") for r in found.shown]
+    if found.total > len(lines):
+        lines.append(f"... ({found.total - len(lines)} more are not listed)")
+    if found.end is None:
+        lines.append("[the tests were ended before their end: the code under test left the process]")
+    elif not found.total:
+        return "no tests were found"
+    return "\n".join([*lines, f"{found.passed} of {found.total} passed"])
 
 
 @tool(effect="writes", ends=True, context=True, other_names=("finish", "done", "end"))
