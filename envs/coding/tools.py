@@ -14,6 +14,8 @@ from . import testing
 
 MOST_TEXT = 20_000
 """Characters of an answer."""
+MOST_EDITED = 4 << 20
+"""Bytes of a file that `edit_file` changes."""
 
 Path = Annotated[str, Field(min_length=1, max_length=4096, examples=["notes.txt"], description="Below /workspace.")]
 Text = Annotated[str, Field(max_length=500_000, examples=["x = 1\n"])]
@@ -135,7 +137,11 @@ def edit_file(
 ) -> str:
     """Replace the one place of a file that reads `old` by `new`."""
     try:
-        text = desk.box.read_file(path, most=4 << 20).decode("utf-8")
+        data = desk.box.read_file(path, most=MOST_EDITED + 1)
+        if len(data) > MOST_EDITED:
+            hint = "Change it with the shell or with Python."
+            _mistake("too_large", f"{path} is larger than {MOST_EDITED} bytes", hint=hint, field="path")
+        text = data.decode("utf-8")
         count = text.count(old)
         if count == 0:
             _mistake("not_found", f"{path} has no such text", hint="read_file shows it as it is.", field="old")
