@@ -1,5 +1,10 @@
 """Snapshots of a plain Gymnasium environment, by deep copies, where that is sound; where it is not, the reason.
 
+A snapshot belongs to the wrapper that made it and to its branches: another environment, made alike or not, refuses it.
+There is no `state_digest`: that two copies hold the same bytes says nothing about what a step reads of them (a cache, an
+order of a set, a picture), so that equal states could have unequal digests; `tabular.TabularState` has one for
+environments whose state is known.
+
 A deep copy is sound when the environment can be copied and the copy has the same future and no influence on the
 original. Both are tried before anything is promised: an environment with an open device, a thread or a generator of the
 whole process is refused by name, never copied in part. Wrappers around `SnapshotByCopy`, a time limit say, keep their
@@ -9,6 +14,7 @@ own counters.
 from __future__ import annotations
 
 import copy
+import uuid
 from typing import Any
 
 import gymnasium
@@ -33,7 +39,8 @@ class SnapshotByCopy(gymnasium.Wrapper[Any, Any, Any, Any]):
     def __init__(self, env: gymnasium.Env[Any, Any]) -> None:
         super().__init__(env)
         _try_out(env)
-        self._id = f"copy of {type(env.unwrapped).__module__}.{type(env.unwrapped).__qualname__}"
+        kind = type(env.unwrapped)
+        self._id = f"copy of {kind.__module__}.{kind.__qualname__} {uuid.uuid4().hex}"
 
     def snapshot(self) -> Snapshot:
         """Keep the present state."""

@@ -197,7 +197,8 @@ def _sandbox() -> Iterator[Finding]:
         mend = "sysctl -w kernel.unprivileged_userns_clone=1 (or kernel.apparmor_restrict_unprivileged_userns=0)"
         if platform.system() != "Linux":
             mend = "Linux 6.6 or later"
-        yield Finding("sandbox", "warn", f"copy only, without isolation ({found.why_not[:120]})", mend)
+        left = "copy only, without isolation" if found.mode == "copy" else "no code runs here, not even in copies"
+        yield Finding("sandbox", "warn", f"{left} ({found.why_not[:300]})", mend)
     for name in ("user_namespaces", "overlay", "landlock", "cgroup", "criu"):
         if detail := getattr(found, name):
             yield Finding(f"sandbox: {name.replace('_', ' ')}", "ok", detail)

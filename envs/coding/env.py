@@ -176,9 +176,9 @@ class CodeSandboxEnv(AgentEnv):
         if found is None:
             info.update(tests=(0, 0), soft=0.0, tests_stopped=True)
             return 0.0
-        passed = sum(result.outcome == "passed" for result in found)
-        info.update(tests=(passed, len(found)), soft=passed / len(found) if found else 0.0)
-        return float(bool(found) and passed == len(found))
+        passed = found.passed if found.end is not None else 0  # an end from within says nothing of what came before
+        info.update(tests=(passed, found.total), soft=passed / found.total if found.total else 0.0)
+        return float(found.all_passed)
 
     def state_digest(self) -> str:
         """Hex sha256 of all that the episode depends on: its task, and the calls that may have changed something."""

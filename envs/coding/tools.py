@@ -14,6 +14,8 @@ from . import testing
 
 MOST_TEXT = 20_000
 """Characters of an answer."""
+MOST_EDITED = 4 << 20
+"""Bytes of a file that `edit_file` changes."""
 
 Path = Annotated[str, Field(min_length=1, max_length=4096, examples=["notes.txt"], description="Below /workspace.")]
 Text = Annotated[str, Field(max_length=500_000, examples=["x = 1\n"])]
@@ -135,7 +137,11 @@ def edit_file(
 ) -> str:
     """Replace the one place of a file that reads `old` by `new`."""
     try:
-        text = desk.box.read_file(path, most=4 << 20).decode("utf-8")
+        data = desk.box.read_file(path, most=MOST_EDITED + 1)
+        if len(data) > MOST_EDITED:
+            hint = "Change it with the shell or with Python."
+            _mistake("too_large", f"{path} is larger than {MOST_EDITED} bytes", hint=hint, field="path")
+        text = data.decode("utf-8")
         count = text.count(old)
         if count == 0:
             _mistake("not_found", f"{path} has no such text", hint="read_file shows it as it is.", field="old")
@@ -165,13 +171,21 @@ def list_files(desk: Desk, path: Annotated[str, Field(max_length=4096, examples=
 @tool(effect="writes", blocking=True, other_names=("test", "pytest", "tests"))
 def run_tests(desk: Desk) -> str:
     """Run the tests that are in the workspace."""
-    found = testing.run_visible(desk.box, desk.seconds)
+    try:
+        found = testing.run_visible(desk.box, desk.seconds)
+    except ValueError as error:
+        return f"[{error}]"
     if found is None:
         desk.stopped.append("time")
         return f"[the tests did not end within {desk.seconds:g} s]"
-    lines = [f"{r.name}: {r.outcome}" + (f": {r.message}" if r.outcome == "failed" else "") for r in found]
-    passed = sum(r.outcome == "passed" for r in found)
-    return "\n".join([*lines, f"{passed} of {len(found)} passed"]) if found else "no tests were found"
+    lines = [f"{r.name}: {r.outcome}" + (f": {r.message}" if r.outcome == "failed" else "") for r in found.shown]
+    if found.total > len(lines):
+        lines.append(f"... ({found.total - len(lines)} more are not listed)")
+    if found.end is None:
+        lines.append("[the tests were ended before their end: the code under test left the process]")
+    elif not found.total:
+        return "no tests were found"
+    return "\n".join([*lines, f"{found.passed} of {found.total} passed"])
 
 
 @tool(effect="writes", ends=True, context=True, other_names=("finish", "done", "end"))

@@ -1,7 +1,8 @@
 """What this machine allows a box, and which mode is left: for `espalier doctor` and for people.
 
-full: `Box`. files: `Box(live=False)`, for who wants snapshots that nothing in memory can stand in the way of. copy:
-`CopyBox`, where namespaces or overlays are not to be had. Every probe asks the kernel by doing the thing.
+full: `Box`, and with it `Box(live=False)`, for who wants snapshots that nothing in memory can stand in the way of.
+copy: `CopyBox`, where namespaces or overlays are not to be had. none: that neither. Every probe asks the kernel by
+doing the thing.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from typing import Literal
 
 from . import cgroup, kernel
 from .box import Box
+from .copying import CopyBox
 from .terms import BoxError, Limits
 
-Mode = Literal["full", "copy"]
+Mode = Literal["full", "copy", "none"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,10 @@ class Survey:
 def survey() -> Survey:
     """Look at this machine; takes as long as a box takes to start."""
     why_not, overlay = _full()
-    return Survey("copy" if why_not else "full", why_not, overlay, _user_namespaces(), _landlock(), _cgroup(), _criu())
+    mode: Mode = "full"
+    if why_not:
+        mode, why_not = _less(why_not)
+    return Survey(mode, why_not, overlay, _user_namespaces(), _landlock(), _cgroup(), _criu())
 
 
 def _full() -> tuple[str, str]:
@@ -57,6 +62,16 @@ def _full() -> tuple[str, str]:
         word for word in re.split(r"[ ,]", line) if word.startswith(("userxattr", "redirect_dir", "index", "metacopy"))
     ]
     return "", ", ".join(found)
+
+
+def _less(why_not: str) -> tuple[Mode, str]:
+    """What is left where no full box can be had, and why not more."""
+    try:
+        with CopyBox(limits=Limits(seconds=20)) as box:
+            out = box.python("print(1)")
+            return ("copy", why_not) if out.text == "1\n" else ("none", f"{why_not}; {out.text.strip()[-200:]}")
+    except (BoxError, OSError) as error:
+        return "none", f"{why_not}; {str(error).removeprefix('not_isolated: ')}"
 
 
 def _user_namespaces() -> str:

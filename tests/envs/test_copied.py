@@ -41,6 +41,23 @@ def test_a_plain_environment_goes_back_and_branches(name):
         env.rollback(Snapshot("another", "", None))
 
 
+@pytest.mark.parametrize("options", [{"map_name": "8x8"}, {"map_name": "4x4"}])
+def test_a_snapshot_is_taken_by_its_own_environment_and_its_branches_only(options):
+    """Of one class, they may still be two worlds."""
+    small, other = (SnapshotByCopy(gymnasium.make("FrozenLake-v1", **o)) for o in ({"map_name": "4x4"}, options))
+    small.reset(seed=0)
+    other.reset(seed=0)
+    here, size = small.snapshot(), other.observation_space.n
+    for refused in (other.rollback, other.branch):
+        with pytest.raises(EnvFailure, match="foreign_snapshot"):
+            refused(here)
+    assert other.unwrapped.observation_space.n == size
+    branch = small.branch(here)
+    branch.step(1)
+    small.rollback(branch.snapshot())
+    assert small.unwrapped.s == branch.unwrapped.s
+
+
 class Leaky(gymnasium.Env):
     """Depends on a generator of the whole process."""
 

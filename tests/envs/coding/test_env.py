@@ -11,6 +11,7 @@ import psutil
 import pytest
 from espalier.envs import Action, ToolCall
 from espalier.envs.check import check_agent_env
+from espalier.envs.coding import testing
 from espalier.envs.coding.datasets import DatasetError, load_tasks
 from espalier.envs.coding.env import CodeSandboxEnv
 from espalier.envs.coding.families import generate, value_of
@@ -108,6 +109,115 @@ def test_what_is_not_a_repair_earns_nothing(works: None, attack: str) -> None:
         env.close()
 
 
+TWO_FILES = CodeTask(
+    "two",
+    "Repair double and half in work.py and more.py.",
+    files={"work.py": "def double(x):\n    return x\n", "more.py": "def half(x):\n    return x // 2\n"},
+    tests={
+        "test_one.py": "from more import half\n\n\ndef test_half():\n    assert half(4) == 2\n",
+        "test_two.py": "import pytest\nfrom work import double\n\n\n@pytest.fixture\ndef four():\n    return double(2)\n\n\n"
+        "class TestIt:\n    def test_double(self, four):\n        assert four == 4\n\n"
+        "    @pytest.mark.skip\n    def test_some_day(self):\n        assert False\n",
+    },
+)  # fmt: skip
+WRITE = "import os, stat\nfor fd in map(int, os.listdir('/proc/self/fd')[:-1]):\n    if stat.S_ISFIFO(os.fstat(fd).st_mode):\n        os.write(fd, {})\nos._exit(0)\n"
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        WRITE.format("""b'[["a","passed",""]]'"""),
+        WRITE.format("""b'["test_two.py::TestIt::test_double", "passed", "call", ""]\\n[0]\\n'"""),
+        "import pytest\npytest.skip('not today', allow_module_level=True)\n",
+        "import unittest\ndef double(x):\n    raise unittest.SkipTest('not today')\n",
+        "import pytest\ndef double(x):\n    pytest.exit('done', 0)\n",
+        "def double(x):\n    raise KeyboardInterrupt\n",
+    ],
+)
+def test_a_forged_result_and_an_end_before_the_end_earn_nothing(works: None, forged: str) -> None:
+    """Each of these passes where what stands in the pipe is believed."""
+    env = CodeSandboxEnv([TWO_FILES], seconds=10)
+    try:
+        env.reset(seed=0)
+        do(env, "write_file", path="work.py", content=forged)
+        assert do(env, "submit")[1] == 0.0
+        env.reset(seed=0)
+        do(env, "write_file", path="work.py", content=RIGHT)
+        assert do(env, "submit")[1] == 1.0
+    finally:
+        env.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "named"),
+    [
+        ("test_a.py", "def test_a(): pass\ndef helper(): pass", {"test_a.py::test_a"}),
+        ("a_test.py", "async def test_b(): pass\ndef test_a(): pass", {"a_test.py::test_a"}),
+        ("helper.py", "def test_a(): pass", set()),
+        ("test_a.py", "@fixture\ndef test_client(): pass", set()),
+        ("test_a.py", "@pytest.mark.skipif(True, reason='')\ndef test_a(): pass", set()),
+        ("test_a.py", "@pytest.mark.parametrize('x', [1])\ndef test_a(x): pass", {"test_a.py::test_a"}),
+        (
+            "test_a.py",
+            "class Tools:\n    def test_a(self): pass\nclass TestA(Base):\n    def test_a(self): pass",
+            set(),
+        ),
+        ("test_a.py", "class A(unittest.TestCase):\n    def test_a(self): pass", {"test_a.py::A::test_a"}),
+        ("test_a.py", "x = pytest.importorskip('numpy')\ndef test_a(): pass", set()),
+        ("test_a.py", "def test_a(:", set()),
+    ],
+)
+def test_only_tests_that_are_certain_to_run_have_to(name: str, text: str, named: set[str]) -> None:
+    assert testing._named({name: text}) == named
+    assert testing._named({name: text, "conftest.py": "collect_ignore = ['test_a.py']"}) == set()
+
+
+MANY = "import pytest\nfrom work import double\n@pytest.mark.parametrize('x', range(2000), ids=lambda x: 'number-%d' % x * 3)\ndef test_many(x):\n    assert double(x) == 2 * x, 'no' * 500\n"
+NEARLY = "def double(x):\n    return 2 * x if x < 1800 else x\n"
+
+
+def test_thousands_of_tests_are_all_counted(works: None) -> None:
+    """A folder of one's own may have as many; what is listed is bounded, what is counted is not."""
+    task = CodeTask(
+        "many",
+        "Repair double.",
+        files={
+            "work.py": NEARLY,
+            "test_work.py": "from work import double\ndef test_it():\n    assert double(2) == 4\n",
+            "test_many.py": MANY,
+        },
+        tests={"test_hidden.py": MANY},
+    )
+    env = CodeSandboxEnv([task], seconds=120)
+    try:
+        env.reset(seed=0)
+        told = do(env, "run_tests")[0]
+        assert "AssertionError" in told and told.endswith("\n1801 of 2001 passed")
+        assert "more are not listed" in told and len(told) < 2 * testing.MOST_SHOWN
+        do(env, "write_file", path="work.py", content=RIGHT)
+        assert do(env, "run_tests")[0].endswith("\n2001 of 2001 passed")
+        _, reward, _, info = do(env, "submit")
+        assert (reward, info["tests"], info["soft"]) == (1.0, (2000, 2000), 1.0)
+    finally:
+        env.close()
+
+
+def test_a_result_that_cannot_be_read_is_no_reward(env: CodeSandboxEnv, monkeypatch) -> None:
+    cut = testing._RUN.replace('"total": len(found)', '"sum": 0')
+    assert cut != testing._RUN
+    monkeypatch.setattr(testing, "_RUN", cut)
+    do(env, "write_file", path="work.py", content=RIGHT)
+    assert "cannot be read" in do(env, "run_tests")[0]
+    with pytest.raises(EnvFailure, match=r"cannot be read") as failure:
+        do(env, "submit")
+    assert failure.value.kind == "grading_failed"
+
+
+def test_tests_that_are_ended_from_within_say_so(env: CodeSandboxEnv) -> None:
+    do(env, "write_file", path="work.py", content="import os\nos._exit(0)\n")
+    assert "ended before their end" in do(env, "run_tests")[0]
+
+
 def test_hidden_tests_are_nowhere_while_the_agent_works(env: CodeSandboxEnv) -> None:
     found = do(
         env,
@@ -158,6 +268,13 @@ def test_mistakes_are_told_so_that_they_can_be_mended(env: CodeSandboxEnv) -> No
     assert '"is_a_folder"' in do(env, "read_file", path=".")[0]
     assert "exit status 3" in do(env, "shell", command="exit 3")[0]
     assert do(env, "list_files")[0].splitlines()[0].startswith("test_work.py")
+
+
+def test_a_file_too_large_to_edit_is_left_as_it_is(env: CodeSandboxEnv) -> None:
+    do(env, "shell", command="(echo first; head -c 5000000 /dev/zero | tr '\\0' a; echo last) > large")
+    before = do(env, "shell", command="cksum large")[0]
+    assert '"too_large"' in do(env, "edit_file", path="large", old="first", new="second")[0]
+    assert do(env, "shell", command="cksum large")[0] == before
 
 
 def test_every_mistake_of_the_table_is_one_and_every_task_can_be_solved() -> None:

@@ -309,6 +309,41 @@ def test_files_are_read_and_written_from_outside(box: Box) -> None:
         box.read_file("src")
 
 
+def test_by_design_a_folder_in_a_lower_layer_is_not_renamed_but_moved(box: Box) -> None:
+    rename = "import errno, os\ntry: os.rename({!r}, 'to')\nexcept OSError as e: print(errno.errorcode[e.errno])"
+    box.shell("mkdir upper && echo 1 > upper/file")
+    assert box.python(rename.format("upper") + "\nelse: os.rename('to', 'upper')").text == ""
+    here = box.snapshot()
+    box.rollback(here)
+    for folder in ("src", "upper"):
+        assert box.python(rename.format(folder)).text == "EXDEV\n"
+    assert box.shell("mv src moved && cat moved/mod.py; ls -d src").text.startswith("VALUE = 1\n")
+    assert box.python("import shutil; shutil.move('upper', 'away'); open('away/file').read()").text == "'1\\n'\n"
+
+
+def test_by_design_hard_links_part_when_one_is_written_to(box: Box) -> None:
+    box.shell("echo old > one; ln one two; echo new > one")
+    assert box.shell("cat two; stat -c %h two").text == "new\n2\n"
+    box.rollback(box.snapshot())
+    box.shell("echo newer > one")
+    assert box.shell("cat one two; [ one -ef two ] || echo apart").text == "newer\nnew\napart\n"
+
+
+def test_by_design_a_rollback_changes_the_process_number_and_not_the_clock_nor_the_machines_randomness(
+    box: Box,
+) -> None:
+    box.python("import os, random, time; random.seed(1)")
+    here = box.snapshot()
+    look = "print(os.getpid(), time.time_ns(), os.urandom(16).hex(), random.random())"
+    seen = []
+    for _ in range(3):
+        seen.append(box.python(look).text.split())
+        box.rollback(here)
+    pids, clock, machine, seeded = zip(*seen, strict=True)
+    assert len(set(pids)) == len(set(machine)) == 3 and len(set(seeded)) == 1
+    assert sorted(clock, key=int) == list(clock) and len(set(clock)) == 3
+
+
 def test_dropped_snapshots_are_let_go(box: Box) -> None:
     for n in range(12):
         box.python(f"x = {n}")

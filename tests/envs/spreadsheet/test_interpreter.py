@@ -173,14 +173,18 @@ time.sleep(600)
 
 def test_without_isolation_nothing_runs_as_root() -> None:
     if os.getuid() != 0:
-        pytest.skip("only root is refused")
-    result = CodeRunner(LIMITS, "none").run("print('ran')", b"DATA")
-    assert result.refused is not None and "root" in result.refused and result.output == ""
+        pytest.skip("only root becomes another user, or is refused")
+    result = CodeRunner(LIMITS, "none").run("import os\nprint('user', os.getuid())", b"DATA")
+    if result.refused is None:
+        assert result.output.startswith("user ") and result.output != "user 0\n"
+    else:
+        assert "root" in result.refused and result.output == ""
 
 
 def test_where_isolation_fails_the_tool_refuses_and_says_why(drive, monkeypatch: pytest.MonkeyPatch) -> None:
     if os.getuid() != 0:
         pytest.skip("needs a refusal to provoke: root with code_isolation='none'")
+    monkeypatch.setattr(sys, "executable", "/missing/python")
     call = drive(code_isolation="none")
     answer = json.loads(call("code_interpreter", code="print(1)"))["error"]
     assert answer["code"] == "unavailable" and answer["retryable"] is False and "root" in answer["message"]
