@@ -1,8 +1,8 @@
 """Snapshots of a plain Gymnasium environment, by deep copies, where that is sound; where it is not, the reason.
 
 A snapshot belongs to the wrapper that made it and to its branches: another environment, made alike or not, refuses it.
-There is no `state_digest`: that two copies hold the same bytes says nothing about what a step reads of them (a cache, an
-order of a set, a picture), so that equal states could have unequal digests; `tabular.TabularState` has one for
+There is no `state_digest`: that two copies hold the same bytes says nothing about what a step reads of them (a cache,
+an order of a set, a picture), so that equal states could have unequal digests; `tabular.TabularState` has one for
 environments whose state is known.
 
 A deep copy is sound when the environment can be copied and the copy has the same future and no influence on the

@@ -204,7 +204,7 @@ def _run(box: Box, paths: list[str], root: str, seconds: float, named: Sequence[
         raise ValueError(f"the tests ran, but their results cannot be read: {last}") from error
 
 
-_CHOOSING = ("__test__", "importorskip", "pytestmark", "allow_module_level", "\ndel ")
+_CHOOSING = ("__test__", "importorskip", "pytestmark", "pytest.skip(", "skipTest(", "SkipTest", "\ndel ")
 """What stands in the text of a file that may leave tests out."""
 
 
@@ -213,8 +213,9 @@ def _named(tests: Mapping[str, str]) -> set[str]:
 
     What may be left out on purpose (skips, fixtures, hooks and marks that choose) is not among them.
     """
-    if any(PurePosixPath(name).name == "conftest.py" and "collect" in text for name, text in tests.items()):
-        return set()
+    for name, text in tests.items():
+        if PurePosixPath(name).name == "conftest.py" and ("collect" in text or "skip" in text):
+            return set()
     found: set[str] = set()
     for name, text in tests.items():
         path = PurePosixPath(name)

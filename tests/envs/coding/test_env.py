@@ -164,12 +164,14 @@ def test_a_forged_result_and_an_end_before_the_end_earn_nothing(works: None, for
         ),
         ("test_a.py", "class A(unittest.TestCase):\n    def test_a(self): pass", {"test_a.py::A::test_a"}),
         ("test_a.py", "x = pytest.importorskip('numpy')\ndef test_a(): pass", set()),
+        ("test_a.py", "@fixture\ndef gcc():\n    pytest.skip('no gcc')\ndef test_a(gcc): pass", set()),
         ("test_a.py", "def test_a(:", set()),
     ],
 )
 def test_only_tests_that_are_certain_to_run_have_to(name: str, text: str, named: set[str]) -> None:
     assert testing._named({name: text}) == named
-    assert testing._named({name: text, "conftest.py": "collect_ignore = ['test_a.py']"}) == set()
+    for chooses in ("collect_ignore = ['test_a.py']", "def pytest_runtest_setup(item):\n    pytest.skip('not here')"):
+        assert testing._named({name: text, "conftest.py": chooses}) == set()
 
 
 MANY = "import pytest\nfrom work import double\n@pytest.mark.parametrize('x', range(2000), ids=lambda x: 'number-%d' % x * 3)\ndef test_many(x):\n    assert double(x) == 2 * x, 'no' * 500\n"
