@@ -43,6 +43,12 @@ from .sampling import make_pool, make_runner, make_sampler
 SLACK_SECONDS = 60.0
 """Added to every deadline that is a sum of episodes' deadlines."""
 
+RESTART_SECONDS = 1200.0
+"""Until an engine that served before serves again: its start, and the loading of its versions."""
+
+FIRST_PAUSE_SECONDS = 0.05
+LONGEST_PAUSE_SECONDS = 5.0
+
 PROBE_TOKENS = 32
 """Sampled behind each prompt of a probe."""
 
@@ -75,7 +81,7 @@ class RolloutSide:
         """
         if self._sleeper is not None and not self._asleep:
             with self._turning():
-                self._loop.call(_patiently(self._sleeper.sleep), PUBLISH_SECONDS + SLACK_SECONDS)
+                self._patiently(self._sleeper.sleep)
                 self._asleep = True
         seconds, self._seconds_turning = self._seconds_turning, 0.0
         return seconds
@@ -84,8 +90,13 @@ class RolloutSide:
         if self._sleeper is not None and self._asleep:
             with self._turning():
                 release_cached_memory()
-                self._loop.call(_patiently(self._sleeper.wake), PUBLISH_SECONDS + SLACK_SECONDS)
+                self._patiently(self._sleeper.wake)
                 self._asleep = False
+
+    def _patiently(self, turn: Callable[[], Awaitable[None]]) -> None:
+        """`turn`; longer for an engine that has served already, and may be starting again."""
+        seconds = RESTART_SECONDS if self._published else PUBLISH_SECONDS
+        self._loop.call(_patiently(turn, seconds), seconds + PUBLISH_SECONDS + SLACK_SECONDS)
 
     @contextmanager
     def _turning(self) -> Iterator[None]:
@@ -112,9 +123,11 @@ class RolloutSide:
         return {"graph": told}
 
     def publish(self, version: PolicyVersion) -> None:
-        """Serve `version` from now on and let the others go as their episodes end."""
+        """Serve `version` from now on and let the others go as their episodes end; an engine that died or hangs is
+        waited for. Raises `SamplerError`.
+        """
         self._rouse()
-        self._loop.call(self._sampler.publish(version), PUBLISH_SECONDS + SLACK_SECONDS)
+        self._patiently(lambda: self._sampler.publish(version))
         for old in self._published:
             if old != version.number:
                 self._loop.call(self._sampler.retire(old), SLACK_SECONDS)
@@ -225,16 +238,20 @@ class RolloutSide:
             self.store.close()
 
 
-async def _patiently(turn: Callable[[], Awaitable[None]]) -> None:
-    """`turn`, tried again while an engine is started anew or its last cancelled requests leave, for a bounded time."""
-    deadline = time.monotonic() + PUBLISH_SECONDS
+async def _patiently(turn: Callable[[], Awaitable[None]], seconds: float) -> None:
+    """`turn`, tried again while an engine is started anew or its last cancelled requests leave, with growing pauses:
+    no try begins after `seconds`.
+    """
+    deadline = time.monotonic() + seconds
+    pause = FIRST_PAUSE_SECONDS
     while True:
         try:
             return await turn()
         except SamplerError as error:
             if not error.retryable or time.monotonic() > deadline:
                 raise
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
 
 @contextmanager
