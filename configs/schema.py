@@ -198,7 +198,7 @@ class SamplerSection(Section):
     max_versions: int = Field(default=4, ge=2)
     """Versions resident at once: the latest, leased ones, spare."""
     replicas: PositiveInt = 1
-    """Engines side by side, each on a card that no training process uses; an episode stays with one of them."""
+    """Engines side by side, each on a card that no training process uses; a group stays with one of them."""
     gpu_memory: float | None = Field(default=None, gt=0.0, lt=1.0)
     """vLLM only: share of its card's memory that an engine may use (weights, keys and values); none: what the memory
     plan leaves."""

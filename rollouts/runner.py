@@ -331,6 +331,7 @@ class RolloutRunner:
             stop=self.renderer.stop_ids,
             params=params,
             deadline_s=deadline,
+            group=episode.spec.group,
         )
         try:
             sample = await self._sample(asked)

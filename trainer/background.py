@@ -47,8 +47,8 @@ class Background:
         except (CancelledError, TimeoutError) as error:
             future.cancel()
             raise Overdue(
-                f"the rollouts did not finish within {deadline_s:.0f} s, which their budgets allow; see what the sampler "
-                "and the environments do, then go on (a run: with --resume)"
+                f"the rollouts did not finish within {deadline_s:.0f} s, which their budgets allow; see what the "
+                "sampler and the environments do, then go on (a run: with --resume)"
             ) from error
         except BaseException:
             future.cancel()  # the caller was interrupted: nobody waits for it any more
