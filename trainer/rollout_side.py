@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,14 +54,23 @@ PROBE_TOKENS = 32
 
 
 class RolloutSide:
-    """Everything that makes trajectories, for callers without an event loop."""
+    """Everything that makes trajectories, for callers without an event loop. It closes `sampler` and `pool`, also
+    where it cannot be made.
+    """
 
     def __init__(self, config: RunConfig, base: Path, sampler: Sampler, pool: EnvPool, folder: Path) -> None:
         self.config = config
-        self.store = TrajectoryStore(folder / "trajectories")
         self._sampler = sampler
-        self._loop = Background("espalier-rollouts")
-        self._runner = self._loop.call(self._make_runner(base, pool), SLACK_SECONDS)
+        with ExitStack() as stack:
+            last = stack.enter_context(ExitStack())
+            self._loop = Background("espalier-rollouts")
+            stack.callback(self._loop.close)
+            stack.callback(lambda: self._loop.call(sampler.close(), SLACK_SECONDS))
+            stack.callback(lambda: self._loop.call(pool.close(), SLACK_SECONDS))
+            self.store = TrajectoryStore(folder / "trajectories")
+            last.callback(self.store.close)  # after all that may write to it
+            self._runner = self._loop.call(self._make_runner(base, pool), SLACK_SECONDS)
+            self._opened = stack.pop_all()
         self._graph = pool if isinstance(pool, GraphPool) else None
         self._counted, self._counted_file = GraphCounts(), (0, 0)
         self._seconds = config.episode.max_seconds
@@ -229,13 +238,8 @@ class RolloutSide:
 
     def close(self) -> None:
         """Stop sampling and close the environments and the store."""
-        try:
-            self.abandon()
-            self._loop.call(self._runner.close(), SLACK_SECONDS)
-            self._loop.call(self._sampler.close(), SLACK_SECONDS)
-        finally:
-            self._loop.close()
-            self.store.close()
+        self.abandon()
+        self._opened.close()
 
 
 async def _patiently(turn: Callable[[], Awaitable[None]], seconds: float) -> None:

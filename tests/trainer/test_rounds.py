@@ -1,15 +1,18 @@
 """The synchronous source: a step in which everything fails ends the run, and says what happened."""
 
 import asyncio
+import threading
 from importlib.util import find_spec
 
 import pytest
 import toy
 from espalier.configs.schema import RunConfig
 from espalier.envs.core import Task
+from espalier.rollouts.render import RenderError
 from espalier.rollouts.runner import GroupSpec
 from espalier.rollouts.samplers.base import SamplerError, Sleeper
 from espalier.rollouts.samplers.torch import TorchSampler
+from espalier.rollouts.store import StoreError
 from espalier.rollouts.types import Failure, FailureKind, Group
 from espalier.trainer import tasks as tasklists
 from espalier.trainer.checkpoint import Progress
@@ -119,6 +122,25 @@ class Dormant(TorchSampler):
     async def sample(self, request):
         self.seen += ("sample",) if self.seen[-1] != "sample" else ()
         return await super().sample(request)
+
+
+@pytest.mark.parametrize("cause", ["renderer", "store"])
+def test_a_side_that_cannot_be_made_closes_its_sampler(toy_base, tmp_path, cause):
+    """Otherwise an engine would outlive the sentence that says why."""
+    config = toy.run_config(toy_base, tmp_path)
+    sampler = TorchSampler(toy_base, slots=2, threads=1, max_tokens=440)
+    base, folder = tmp_path / "base", tmp_path / "run"
+    base.mkdir()
+    if cause == "store":
+        base = toy_base
+        folder.mkdir()
+        (folder / "trajectories").mkdir()
+        (folder / "trajectories" / "trajectories.sqlite").write_text("no database" * 100)
+    with pytest.raises(RenderError if cause == "renderer" else StoreError):
+        RolloutSide(config, base, sampler, make_pool(config, tasklists.load(config.env, "train", 0, 8)), folder)
+    with pytest.raises(SamplerError, match="closed"):
+        asyncio.run(sampler.publish(PolicyStore(tmp_path / "policies", toy_base).base_version))
+    assert "espalier-rollouts" not in {thread.name for thread in threading.enumerate()}
 
 
 @pytest.mark.parametrize("sleeps", [True, False])
