@@ -277,7 +277,8 @@ class TrainerSection(Section):
     drop_no_signal: bool = True
     """Drop groups whose rewards are all equal, and refill."""
     max_refills: NonNegativeInt = 2
-    """Groups that a dropped one may be replaced by, one after another; then the step trains on what there is."""
+    """Groups that a dropped one may be replaced by, one after another, and rounds of episodes that stand in for
+    those of a group that failed (trees have none); then the step trains on what there is."""
     threads: PositiveInt = 2
     """CPU threads of the trainer."""
 

@@ -2,7 +2,7 @@
 calls.
 
 Always true: every wait has a deadline that grows with what was begun; a group that is stored already is taken instead
-of sampled again.
+of sampled again; episodes that failed beside others that did not are replaced, up to `max_refills` times.
 """
 
 from __future__ import annotations
@@ -166,13 +166,15 @@ class RolloutSide:
         """
         self._rouse()
         future = self._loop.start(together(self._chain(chain, version, enough, rank) for chain in chains))
-        self._begun[future] = sum(spec.size for chain in chains for spec in chain)
+        tries = 1 + self.config.trainer.max_refills
+        self._begun[future] = tries * sum(spec.size for chain in chains for spec in chain)
         return future
 
     def finish(self, future: Future[list[list[Group]]]) -> list[list[Group]]:
         """The groups that were begun, when all are done; what was begun besides takes the same slots."""
         try:
-            return self._loop.result(future, self._deadline(sum(self._begun.values())))
+            tries = 1 + self.config.trainer.max_refills  # of a place, one after another, and of a group's episodes
+            return self._loop.result(future, self._deadline(sum(self._begun.values()), tries * tries))
         finally:
             del self._begun[future]
 
@@ -191,10 +193,28 @@ class RolloutSide:
             found = self.store.group(spec.id)
             if found is None or not found.trajectories:
                 (found,) = await self._runner.run_groups([spec], self._params, by, rank=rank)
+            while (lost := self._lost(spec, found)) is not None:
+                (more,) = await self._runner.run_groups([lost], self._params, by, rank=rank)
+                trajectories, failures = found.trajectories + more.trajectories, found.failures + more.failures
+                found = replace(found, trajectories=trajectories, failures=failures)
             groups.append(found)
             if enough(found):
                 break
         return groups
+
+    def _lost(self, spec: GroupSpec, group: Group) -> GroupSpec | None:
+        """The episodes that stand in for those of `group` that failed last, if others did not; None after
+        `max_refills` rounds. What is stored of a group says it all, so a resumed run goes on with the same ones.
+        """
+        if not group.trajectories or self.config.branching.roots:
+            return None
+        failed = {failure.id for failure in group.failures}
+        for _ in range(self.config.trainer.max_refills):
+            lost = sum(f"{spec.id}/{i}" in failed for i in range(spec.first, spec.first + spec.size))
+            spec = replace(spec, size=lost, first=spec.first + spec.size)
+            if not lost or spec.first == len(group.trajectories) + len(failed):
+                return spec if lost else None
+        return None
 
     def evaluate(self, tasks: Sequence[Task], version: int, step: int, greedy: bool) -> EvalResult:
         """Measure `version`, which must be published."""
@@ -231,10 +251,10 @@ class RolloutSide:
             for request in requests:
                 await self._sampler.end_session(request.session)
 
-    def _deadline(self, episodes: int) -> float:
+    def _deadline(self, episodes: int, follow: int = 1) -> float:
         waves = math.ceil(episodes / (self.config.sampler.slots * self.config.sampler.replicas))
         rounds = self.config.branching.rounds if self.config.branching.roots else 0
-        return (waves + 1) * (1 + rounds) * self._seconds + SLACK_SECONDS  # rounds of a tree follow each other
+        return (waves + follow) * (1 + rounds) * self._seconds + SLACK_SECONDS  # rounds of a tree follow each other
 
     def close(self) -> None:
         """Stop sampling and close the environments and the store."""
