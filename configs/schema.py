@@ -198,7 +198,7 @@ class SamplerSection(Section):
     max_versions: int = Field(default=4, ge=2)
     """Versions resident at once: the latest, leased ones, spare."""
     replicas: PositiveInt = 1
-    """Engines side by side, each on a card that no training process uses; an episode stays with one of them."""
+    """Engines side by side, each on a card that no training process uses; a group stays with one of them."""
     gpu_memory: float | None = Field(default=None, gt=0.0, lt=1.0)
     """vLLM only: share of its card's memory that an engine may use (weights, keys and values); none: what the memory
     plan leaves."""
@@ -277,7 +277,8 @@ class TrainerSection(Section):
     drop_no_signal: bool = True
     """Drop groups whose rewards are all equal, and refill."""
     max_refills: NonNegativeInt = 2
-    """Groups that a dropped one may be replaced by, one after another; then the step trains on what there is."""
+    """Groups that a dropped one may be replaced by, one after another, and rounds of episodes that stand in for
+    those of a group that failed (trees have none); then the step trains on what there is."""
     threads: PositiveInt = 2
     """CPU threads of the trainer."""
 

@@ -40,13 +40,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class GroupSpec:
-    """`size` episodes of `task`. `id` is unique within a run; the episodes are `{id}/{0..size-1}`. A tree whose budget
-    is used up has fewer.
+    """`size` episodes of `task`. `id` is unique within a run; the episodes are `{id}/{first..first+size-1}`, those
+    before `first` are there already. A tree, whose `first` is 0, has fewer when its budget is used up.
     """
 
     id: str
     task: Task
     size: int
+    first: int = 0
 
 
 @dataclass(slots=True)
@@ -149,7 +150,7 @@ class RolloutRunner:
         async def chain(g: int, i: int) -> None:
             async with self._places.held(rank):
                 number = version if isinstance(version, int) else version()
-                walk = self._walk(specs[g], i, number, on_overflow)
+                walk = self._walk(specs[g], specs[g].first + i, number, on_overflow)
                 done[g][i] = await self._episode(walk, params, evaluation)
             outcomes = [o for o in done[g] if o is not None]
             if len(outcomes) == specs[g].size:
@@ -331,6 +332,7 @@ class RolloutRunner:
             stop=self.renderer.stop_ids,
             params=params,
             deadline_s=deadline,
+            group=episode.spec.group,
         )
         try:
             sample = await self._sample(asked)

@@ -11,9 +11,15 @@ from collections.abc import Coroutine
 from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar
 
+from .errors import UserError
+
 T = TypeVar("T")
 
 GRACE_SECONDS = 30.0
+
+
+class Overdue(UserError, TimeoutError):
+    """What was asked for took longer than anything it waits for may."""
 
 
 class Background:
@@ -29,19 +35,20 @@ class Background:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def call(self, work: Coroutine[Any, Any, T], deadline_s: float) -> T:
-        """The result of `work`. Raises TimeoutError when it takes longer than `deadline_s` seconds."""
+        """The result of `work`. Raises `Overdue` when it takes longer than `deadline_s` seconds."""
         return self.result(self.start(asyncio.wait_for(work, deadline_s)), deadline_s)
 
     def result(self, future: Future[T], deadline_s: float) -> T:
-        """What was started, when it is done. Raises TimeoutError, and cancels it, after `deadline_s` seconds (and a
-        moment to end).
+        """What was started, when it is done. Raises `Overdue`, and cancels it, after `deadline_s` seconds (and a moment
+        to end).
         """
         try:
             return future.result(deadline_s + GRACE_SECONDS)
         except (CancelledError, TimeoutError) as error:
             future.cancel()
-            raise TimeoutError(
-                f"the rollouts did not finish within {deadline_s:.0f} s, which their budgets allow"
+            raise Overdue(
+                f"the rollouts did not finish within {deadline_s:.0f} s, which their budgets allow; see what the "
+                "sampler and the environments do, then go on (a run: with --resume)"
             ) from error
         except BaseException:
             future.cancel()  # the caller was interrupted: nobody waits for it any more

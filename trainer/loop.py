@@ -199,7 +199,9 @@ def _source(run: Run, trajectories: Path | None, make: SourceMaker) -> Iterator[
 
 @contextmanager
 def _torch(threads: int) -> Iterator[None]:
-    """Torch's threads for the trainer, and transformers' chatter off; both set back afterwards."""
+    """Torch's threads for the trainer, and transformers' chatter off; both set back afterwards. A card that is full is
+    a UserError.
+    """
     import torch
     from transformers.utils import logging
 
@@ -209,6 +211,12 @@ def _torch(threads: int) -> Iterator[None]:
     logging.disable_progress_bar()
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the card's memory is full ({str(error).split('. GPU', 1)[0].rstrip('.')}); lower trainer.micro_batch, "
+            'set policy.gradient_checkpointing = true or policy.quantization = "4bit" (--dry-run shows what fits), '
+            "and continue with --resume"
+        ) from error
     finally:
         torch.set_num_threads(before)
         logging.set_verbosity(verbosity)

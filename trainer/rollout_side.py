@@ -2,7 +2,7 @@
 calls.
 
 Always true: every wait has a deadline that grows with what was begun; a group that is stored already is taken instead
-of sampled again.
+of sampled again; episodes that failed beside others that did not are replaced, up to `max_refills` times.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,19 +43,34 @@ from .sampling import make_pool, make_runner, make_sampler
 SLACK_SECONDS = 60.0
 """Added to every deadline that is a sum of episodes' deadlines."""
 
+RESTART_SECONDS = 1200.0
+"""Until an engine that served before serves again: its start, and the loading of its versions."""
+
+FIRST_PAUSE_SECONDS = 0.05
+LONGEST_PAUSE_SECONDS = 5.0
+
 PROBE_TOKENS = 32
 """Sampled behind each prompt of a probe."""
 
 
 class RolloutSide:
-    """Everything that makes trajectories, for callers without an event loop."""
+    """Everything that makes trajectories, for callers without an event loop. It closes `sampler` and `pool`, also
+    where it cannot be made.
+    """
 
     def __init__(self, config: RunConfig, base: Path, sampler: Sampler, pool: EnvPool, folder: Path) -> None:
         self.config = config
-        self.store = TrajectoryStore(folder / "trajectories")
         self._sampler = sampler
-        self._loop = Background("espalier-rollouts")
-        self._runner = self._loop.call(self._make_runner(base, pool), SLACK_SECONDS)
+        with ExitStack() as stack:
+            last = stack.enter_context(ExitStack())
+            self._loop = Background("espalier-rollouts")
+            stack.callback(self._loop.close)
+            stack.callback(lambda: self._loop.call(sampler.close(), SLACK_SECONDS))
+            stack.callback(lambda: self._loop.call(pool.close(), SLACK_SECONDS))
+            self.store = TrajectoryStore(folder / "trajectories")
+            last.callback(self.store.close)  # after all that may write to it
+            self._runner = self._loop.call(self._make_runner(base, pool), SLACK_SECONDS)
+            self._opened = stack.pop_all()
         self._graph = pool if isinstance(pool, GraphPool) else None
         self._counted, self._counted_file = GraphCounts(), (0, 0)
         self._seconds = config.episode.max_seconds
@@ -75,7 +90,7 @@ class RolloutSide:
         """
         if self._sleeper is not None and not self._asleep:
             with self._turning():
-                self._loop.call(_patiently(self._sleeper.sleep), PUBLISH_SECONDS + SLACK_SECONDS)
+                self._patiently(self._sleeper.sleep)
                 self._asleep = True
         seconds, self._seconds_turning = self._seconds_turning, 0.0
         return seconds
@@ -84,8 +99,13 @@ class RolloutSide:
         if self._sleeper is not None and self._asleep:
             with self._turning():
                 release_cached_memory()
-                self._loop.call(_patiently(self._sleeper.wake), PUBLISH_SECONDS + SLACK_SECONDS)
+                self._patiently(self._sleeper.wake)
                 self._asleep = False
+
+    def _patiently(self, turn: Callable[[], Awaitable[None]]) -> None:
+        """`turn`; longer for an engine that has served already, and may be starting again."""
+        seconds = RESTART_SECONDS if self._published else PUBLISH_SECONDS
+        self._loop.call(_patiently(turn, seconds), seconds + PUBLISH_SECONDS + SLACK_SECONDS)
 
     @contextmanager
     def _turning(self) -> Iterator[None]:
@@ -112,9 +132,11 @@ class RolloutSide:
         return {"graph": told}
 
     def publish(self, version: PolicyVersion) -> None:
-        """Serve `version` from now on and let the others go as their episodes end."""
+        """Serve `version` from now on and let the others go as their episodes end; an engine that died or hangs is
+        waited for. Raises `SamplerError`.
+        """
         self._rouse()
-        self._loop.call(self._sampler.publish(version), PUBLISH_SECONDS + SLACK_SECONDS)
+        self._patiently(lambda: self._sampler.publish(version))
         for old in self._published:
             if old != version.number:
                 self._loop.call(self._sampler.retire(old), SLACK_SECONDS)
@@ -144,13 +166,15 @@ class RolloutSide:
         """
         self._rouse()
         future = self._loop.start(together(self._chain(chain, version, enough, rank) for chain in chains))
-        self._begun[future] = sum(spec.size for chain in chains for spec in chain)
+        tries = 1 + self.config.trainer.max_refills
+        self._begun[future] = tries * sum(spec.size for chain in chains for spec in chain)
         return future
 
     def finish(self, future: Future[list[list[Group]]]) -> list[list[Group]]:
         """The groups that were begun, when all are done; what was begun besides takes the same slots."""
         try:
-            return self._loop.result(future, self._deadline(sum(self._begun.values())))
+            tries = 1 + self.config.trainer.max_refills  # of a place, one after another, and of a group's episodes
+            return self._loop.result(future, self._deadline(sum(self._begun.values()), tries * tries))
         finally:
             del self._begun[future]
 
@@ -169,10 +193,28 @@ class RolloutSide:
             found = self.store.group(spec.id)
             if found is None or not found.trajectories:
                 (found,) = await self._runner.run_groups([spec], self._params, by, rank=rank)
+            while (lost := self._lost(spec, found)) is not None:
+                (more,) = await self._runner.run_groups([lost], self._params, by, rank=rank)
+                trajectories, failures = found.trajectories + more.trajectories, found.failures + more.failures
+                found = replace(found, trajectories=trajectories, failures=failures)
             groups.append(found)
             if enough(found):
                 break
         return groups
+
+    def _lost(self, spec: GroupSpec, group: Group) -> GroupSpec | None:
+        """The episodes that stand in for those of `group` that failed last, if others did not; None after
+        `max_refills` rounds. What is stored of a group says it all, so a resumed run goes on with the same ones.
+        """
+        if not group.trajectories or self.config.branching.roots:
+            return None
+        failed = {failure.id for failure in group.failures}
+        for _ in range(self.config.trainer.max_refills):
+            lost = sum(f"{spec.id}/{i}" in failed for i in range(spec.first, spec.first + spec.size))
+            spec = replace(spec, size=lost, first=spec.first + spec.size)
+            if not lost or spec.first == len(group.trajectories) + len(failed):
+                return spec if lost else None
+        return None
 
     def evaluate(self, tasks: Sequence[Task], version: int, step: int, greedy: bool) -> EvalResult:
         """Measure `version`, which must be published."""
@@ -209,32 +251,31 @@ class RolloutSide:
             for request in requests:
                 await self._sampler.end_session(request.session)
 
-    def _deadline(self, episodes: int) -> float:
+    def _deadline(self, episodes: int, follow: int = 1) -> float:
         waves = math.ceil(episodes / (self.config.sampler.slots * self.config.sampler.replicas))
         rounds = self.config.branching.rounds if self.config.branching.roots else 0
-        return (waves + 1) * (1 + rounds) * self._seconds + SLACK_SECONDS  # rounds of a tree follow each other
+        return (waves + follow) * (1 + rounds) * self._seconds + SLACK_SECONDS  # rounds of a tree follow each other
 
     def close(self) -> None:
         """Stop sampling and close the environments and the store."""
-        try:
-            self.abandon()
-            self._loop.call(self._runner.close(), SLACK_SECONDS)
-            self._loop.call(self._sampler.close(), SLACK_SECONDS)
-        finally:
-            self._loop.close()
-            self.store.close()
+        self.abandon()
+        self._opened.close()
 
 
-async def _patiently(turn: Callable[[], Awaitable[None]]) -> None:
-    """`turn`, tried again while an engine is started anew or its last cancelled requests leave, for a bounded time."""
-    deadline = time.monotonic() + PUBLISH_SECONDS
+async def _patiently(turn: Callable[[], Awaitable[None]], seconds: float) -> None:
+    """`turn`, tried again while an engine is started anew or its last cancelled requests leave, with growing pauses:
+    no try begins after `seconds`.
+    """
+    deadline = time.monotonic() + seconds
+    pause = FIRST_PAUSE_SECONDS
     while True:
         try:
             return await turn()
         except SamplerError as error:
             if not error.retryable or time.monotonic() > deadline:
                 raise
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
 
 @contextmanager

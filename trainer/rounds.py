@@ -2,8 +2,8 @@
 
 Always true: synchronously a step's groups are sampled by the version that the step begins with, asynchronously by one
 at most `max_staleness` steps older; a group's id is (run, step, place), so that a resumed run meets what was stored
-before it was killed and takes that instead of sampling again; groups without signal and failed episodes are counted and
-never trained on.
+before it was killed and takes that instead of sampling again; groups without signal and failed episodes are counted,
+replaced within `max_refills`, and never trained on.
 """
 
 from __future__ import annotations

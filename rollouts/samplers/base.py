@@ -34,8 +34,10 @@ class SampleRequest:
     """One turn to sample.
 
     `key` is the random key of (run, episode, turn), 64 bits; token t of the turn draws from (key, t) and from nothing
-    else. `session` names the episode: a sampler may keep its KV cache between turns until `end_session`. `deadline_s`
-    is seconds from now. `trust_domain` says whose data this is: nothing computed for one domain is reused by another.
+    else. `session` names the episode: a sampler may keep its KV cache between turns until `end_session`. `group` names
+    episodes that begin with one prompt: of several engines one reads it for all (empty: for this episode alone).
+    `deadline_s` is seconds from now. `trust_domain` says whose data this is: nothing computed for one domain is reused
+    by another.
     """
 
     session: str
@@ -47,6 +49,7 @@ class SampleRequest:
     params: SamplingParams = SamplingParams()
     deadline_s: float = 120.0
     trust_domain: str = TRAINING
+    group: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """Several samplers of one base as one, each on a card of its own.
 
-Always true: a version is the latest only when all of them serve it; an episode stays with one of them, where its prefix
-is cached, the one that had fewest episodes when it came; what can fail in one of them fails alone.
+Always true: a version is the latest only when all of them serve it; the episodes of a group that run at once stay with
+one of them, where their prompt is cached, the one that had fewest groups when the first of them came; what can fail in
+one of them fails alone.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ class ReplicatedSampler:
             raise ValueError("a replicated sampler needs a sampler")
         self._samplers = tuple(samplers)
         self._latest: int | None = None
-        self._sessions: dict[str, int] = {}
+        self._groups: dict[str, str] = {}  # by session; without one, itself
+        self._places: dict[str, int] = {}  # by group
 
     async def publish(self, version: PolicyVersion) -> None:
         """Load `version` in all of them; it becomes the latest if all can serve it. See `Sampler.publish`."""
@@ -53,17 +55,22 @@ class ReplicatedSampler:
         await _all(sampler.retire(version) for sampler in self._samplers)
 
     async def sample(self, request: SampleRequest) -> Sample:
-        """Sample one turn where the session's earlier ones were sampled."""
-        if request.session not in self._sessions:
-            load = Counter(self._sessions.values())
-            self._sessions[request.session] = min(range(len(self._samplers)), key=lambda i: (load[i], i))
-        return await self._samplers[self._sessions[request.session]].sample(request)
+        """Sample one turn where the session's earlier ones, and those of its group, were sampled."""
+        group = self._groups.setdefault(request.session, request.group or request.session)
+        if group not in self._places:
+            load = Counter(self._places.values())
+            self._places[group] = min(range(len(self._samplers)), key=lambda i: (load[i], i))
+        return await self._samplers[self._places[group]].sample(request)
 
     async def end_session(self, session: str) -> None:
         """Free what was kept for `session`; unknown sessions are ignored."""
-        place = self._sessions.pop(session, None)
-        if place is not None:
-            await self._samplers[place].end_session(session)
+        group = self._groups.pop(session, None)
+        if group is None:
+            return
+        place = self._places[group]
+        if group not in self._groups.values():
+            del self._places[group]
+        await self._samplers[place].end_session(session)
 
     async def close(self) -> None:
         """Close all of them, also when one of them cannot be closed."""

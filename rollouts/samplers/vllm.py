@@ -179,7 +179,8 @@ class VllmSampler(HoldsVersions[_Served]):
         """Load `version` (0: the base itself), see that the engine answers with it, and make it the latest.
 
         Raises `SamplerError` when its files do not have its digest, when its number was published with another digest,
-        when vLLM cannot serve it, or when `max_versions` are resident and all are held.
+        when vLLM cannot serve it, or when `max_versions` are resident and all are held; one that is retryable when the
+        engine died or hung, and is started again.
         """
         if self._table.again(version):
             return
@@ -188,18 +189,40 @@ class VllmSampler(HoldsVersions[_Served]):
             raise SamplerError(f"version 0 is the base {self._base}, not {version.path}; give the sampler that base.")
         if not version.is_base:
             check_adapter(version.path, self._rank)
-        await self._in_loop(self._publish(version), PUBLISH_SECONDS)
+        try:
+            await self._in_loop(self._publish(version), PUBLISH_SECONDS)
+        except TimeoutError:
+            said = f"vLLM did not serve version {version.number} within {PUBLISH_SECONDS:g} s."
+            raise SamplerError(said, retryable=True) from None
 
     async def _publish(self, version: PolicyVersion) -> None:
         await self._up.wait()
         adapter = None if version.is_base else self._adapter(version)
         served = _Served(version, adapter)
         try:
-            await self._load(served)
+            await self._load_watched(served)
             self._table.admit(version, served)
         except BaseException:
             self._drop(served)
             raise
+
+    async def _load_watched(self, served: _Served) -> None:
+        """`_load`, which an engine that hangs ends with a retryable error."""
+        engine, task = self._engine, asyncio.current_task()
+        if engine is None or task is None:
+            raise self._gone()
+        late = self._loop.call_later(PROBE_SECONDS, lambda: self._submit(self._probe(engine)))
+        self._running.add(task)
+        try:
+            await self._load(served)
+        except asyncio.CancelledError:
+            if engine is self._engine or self._broken is not None:
+                raise
+            said = f"vLLM hung while version {served.version.number} was loaded; it is started again."
+            raise SamplerError(said, retryable=True) from None
+        finally:
+            late.cancel()
+            self._running.discard(task)
 
     def _adapter(self, version: PolicyVersion) -> LoRARequest:
         number = next(self._numbers)

@@ -42,6 +42,8 @@ FIRST_PAUSE_SECONDS = 0.1
 LONGEST_PAUSE_SECONDS = 5.0
 LARGEST_ANSWER = 64 * 2**20
 """Bytes; a longer answer is not read to its end."""
+SUSPECT_SECONDS = 30.0
+"""Until a server of ours that has not served a version yet is suspected to hang."""
 QUEUED_PER_SLOT = 32
 """Requests that may wait for each slot before more are turned away."""
 
@@ -116,6 +118,9 @@ class VllmServerSampler(HoldsVersions[_Served]):
         await asyncio.to_thread(check_files, version)
         if not version.is_base:
             check_adapter(version.path, self._rank)
+        late = None
+        if self._process is not None:
+            late = asyncio.get_running_loop().call_later(SUSPECT_SECONDS, self._process.suspect)
         try:
             async with asyncio.timeout(PUBLISH_SECONDS):
                 await self._until_there(self._examine)
@@ -130,6 +135,9 @@ class VllmServerSampler(HoldsVersions[_Served]):
                 "is it running?",
                 retryable=True,
             ) from None
+        finally:
+            if late is not None:
+                late.cancel()
         try:
             self._table.admit(version, served)
         except SamplerError:

@@ -74,11 +74,12 @@ async def test_episodes_are_played_and_graded(plain):
         assert (first.task, first.family, first.env, first.end) == ("reach-7", "adding", "toy", EndReason.DONE)
 
 
-async def test_requests_carry_the_keys_of_run_episode_and_turn(plain):
+async def test_requests_carry_their_group_and_the_keys_of_run_episode_and_turn(plain):
     async with Setting(plain, solve(plain)) as s:
         await s.one(size=2)
         keys = {(r.session, r.key) for r in s.sampler.requests}
         assert keys == {(f"g/{i}", episode_key("run", f"g/{i}", turn)) for i in range(2) for turn in range(3)}
+        assert {r.group for r in s.sampler.requests} == {"g"}
 
 
 async def test_a_group_starts_from_one_state(plain):

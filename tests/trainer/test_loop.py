@@ -19,6 +19,7 @@ from espalier.trainer.durable import CorruptFolder
 from espalier.trainer.errors import UserError
 from espalier.trainer.loop import collect, train
 from espalier.trainer.policy import PolicyStore
+from espalier.trainer.rounds import SyncSource
 
 TIMES = {"time", "seconds_rollout", "seconds_train", "tok_s", "seconds", "graph"}
 
@@ -344,6 +345,35 @@ def test_a_run_whose_episodes_all_fail_says_why(toy_base, tmp_path, monkeypatch)
     monkeypatch.setattr("espalier.trainer.run.Run._measure", lambda *_: {})
     with pytest.raises(UserError, match=r"step 1: all 48 episodes failed .*engine is gone"):
         train(config)
+
+
+def test_a_card_that_is_full_is_one_sentence_and_the_run_goes_on_with_less(toy_base, tmp_path):
+    """The forward pass of the second step finds no room."""
+    armed = []
+
+    class Source(SyncSource):
+        def next(self, step):
+            armed.extend([step] if step == 2 else [])
+            return super().next(step)
+
+    def full(module, _):
+        if armed and module.training and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of ...")
+
+    changes = {"trainer": {"steps": 2}, "schedule": {"checkpoint_every": 1}}
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(full)
+    try:
+        with pytest.raises(UserError) as met:
+            train(toy.run_config(toy_base, tmp_path, **changes), make_source=Source)
+    finally:
+        hook.remove()
+    said = str(met.value)
+    assert "Tried to allocate 2.00 GiB); lower trainer.micro_batch" in said and "GPU 0" not in said
+    assert "policy.gradient_checkpointing" in said and "policy.quantization" in said and "--resume" in said
+    with_less = {**changes, "policy": {"gradient_checkpointing": True}}
+    config = toy.run_config(toy_base, tmp_path, **{**with_less, "trainer": {"steps": 2, "micro_batch": 4}})
+    assert train(config, resume=True)["steps"] == 2
+    assert [row["step"] for row in rows(tmp_path / "toy", "train")] == [1, 2]
 
 
 CHILD = """

@@ -1,22 +1,26 @@
 """The synchronous source: a step in which everything fails ends the run, and says what happened."""
 
 import asyncio
+import threading
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 import pytest
 import toy
 from espalier.configs.schema import RunConfig
 from espalier.envs.core import Task
+from espalier.rollouts.render import RenderError
 from espalier.rollouts.runner import GroupSpec
 from espalier.rollouts.samplers.base import SamplerError, Sleeper
 from espalier.rollouts.samplers.torch import TorchSampler
+from espalier.rollouts.store import StoreError
 from espalier.rollouts.types import Failure, FailureKind, Group
 from espalier.trainer import tasks as tasklists
 from espalier.trainer.checkpoint import Progress
 from espalier.trainer.errors import UserError
 from espalier.trainer.policy import PolicyStore
 from espalier.trainer.rollout_side import RolloutSide
-from espalier.trainer.rounds import SyncSource
+from espalier.trainer.rounds import SyncSource, describe
 from espalier.trainer.sampling import make_pool, make_sampler
 from pydantic import ValidationError
 
@@ -119,6 +123,97 @@ class Dormant(TorchSampler):
     async def sample(self, request):
         self.seen += ("sample",) if self.seen[-1] != "sample" else ()
         return await super().sample(request)
+
+
+class Shaky(TorchSampler):
+    """Fails the episodes in `fails`; `asked`: all that came, in order."""
+
+    fails = frozenset()
+    asked = ()
+
+    async def sample(self, request):
+        self.asked += (request.session,)
+        if request.session in self.fails:
+            raise SamplerError("it broke")
+        return await super().sample(request)
+
+
+@contextmanager
+def shaky(base, folder, *fails):
+    config = toy.run_config(base, folder)
+    sampler = Shaky(base, slots=8, threads=1, max_tokens=440)
+    sampler.fails = frozenset(fails)
+    tasks = tasklists.load(config.env, "train", 0, 8)
+    side = RolloutSide(config, base, sampler, make_pool(config, tasks), folder / "run")
+    try:
+        side.publish(PolicyStore(folder / "policies", base).base_version)
+        yield side, sampler, GroupSpec("g", tasks[0], 4)
+    finally:
+        side.close()
+
+
+def test_episodes_that_fail_are_replaced_and_counted(toy_base, tmp_path):
+    """Two of four, then one of the two that stand in for them; a second round makes the group whole."""
+    with shaky(toy_base, tmp_path / "whole", "g/1", "g/2", "g/5") as (side, sampler, spec):
+        (group,) = side.groups([spec], 0)
+        assert [t.id for t in group.trajectories] == ["g/0", "g/3", "g/4", "g/6"]
+        assert [f.id for f in group.failures] == ["g/1", "g/2", "g/5"]
+        assert {t.group for t in group.trajectories} == {"g"} and len({t.seed for t in group.trajectories}) == 1
+        assert describe([group])["episodes"] == 7 and describe([group])["failures"] == {"sampler": 3}
+        kept = side.store.group("g")
+        assert [t.id for t in kept.trajectories] == [t.id for t in group.trajectories], "a replay sees all of it"
+        sampler.asked = ()
+        assert [t.id for t in side.groups([spec], 0)[0].trajectories] == [t.id for t in group.trajectories]
+        assert not sampler.asked, "a group that is whole is taken as it is"
+
+
+def test_a_resumed_run_replaces_with_the_same_episodes(toy_base, tmp_path):
+    """Killed once the group was stored, before or between the rounds."""
+    with shaky(toy_base, tmp_path / "whole", "g/1", "g/2", "g/5") as (side, _, spec):
+        (whole,) = side.groups([spec], 0)
+    for begun in (4, 6):
+        with shaky(toy_base, tmp_path / str(begun), "g/1", "g/2", "g/5") as (side, sampler, spec):
+            numbers = {f"g/{i}" for i in range(begun)}
+            trajectories = tuple(t for t in whole.trajectories if t.id in numbers)
+            side.store.append(
+                Group("g", spec.task.id, trajectories, tuple(f for f in whole.failures if f.id in numbers))
+            )
+            (group,) = side.groups([spec], 0)
+            assert [(t.id, t.sequences) for t in group.trajectories] == [
+                (t.id, t.sequences) for t in whole.trajectories
+            ]
+            assert set(sampler.asked) == {f"g/{i}" for i in range(begun, 7)}
+
+
+def test_replacing_ends_after_as_many_rounds_as_allowed(toy_base, tmp_path):
+    with shaky(toy_base, tmp_path, *(f"g/{i}" for i in range(1, 99))) as (side, sampler, spec):
+        (group,) = side.groups([spec], 0)
+        assert len(group.trajectories) == 1 and len(group.failures) == 3 + 3 + 3
+        sampler.asked = ()
+        side.groups([spec], 0)
+        assert not sampler.asked, "nor does it begin anew"
+    with shaky(toy_base, tmp_path / "all", *(f"g/{i}" for i in range(99))) as (side, _, spec):
+        (group,) = side.groups([spec], 0)
+        assert len(group.failures) == 4, "where all fail another task is next"
+
+
+@pytest.mark.parametrize("cause", ["renderer", "store"])
+def test_a_side_that_cannot_be_made_closes_its_sampler(toy_base, tmp_path, cause):
+    """Otherwise an engine would outlive the sentence that says why."""
+    config = toy.run_config(toy_base, tmp_path)
+    sampler = TorchSampler(toy_base, slots=2, threads=1, max_tokens=440)
+    base, folder = tmp_path / "base", tmp_path / "run"
+    base.mkdir()
+    if cause == "store":
+        base = toy_base
+        folder.mkdir()
+        (folder / "trajectories").mkdir()
+        (folder / "trajectories" / "trajectories.sqlite").write_text("no database" * 100)
+    with pytest.raises(RenderError if cause == "renderer" else StoreError):
+        RolloutSide(config, base, sampler, make_pool(config, tasklists.load(config.env, "train", 0, 8)), folder)
+    with pytest.raises(SamplerError, match="closed"):
+        asyncio.run(sampler.publish(PolicyStore(tmp_path / "policies", toy_base).base_version))
+    assert "espalier-rollouts" not in {thread.name for thread in threading.enumerate()}
 
 
 @pytest.mark.parametrize("sleeps", [True, False])

@@ -2,6 +2,7 @@
 computes; an engine that is killed in the middle costs episodes, not the run."""
 
 import json
+import signal
 import threading
 import time
 
@@ -11,6 +12,7 @@ import toy
 from espalier.configs.load import load
 from espalier.rollouts.store import TrajectoryStore
 from espalier.trainer.loop import train
+from espalier.trainer.rounds import SyncSource
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm sets it up in an environment of its own")
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
@@ -65,6 +67,36 @@ def test_an_engine_killed_in_the_middle_costs_no_run(toy_base, tmp_path):
     assert result["steps"] == 3
     for row in rows(tmp_path / "toy", "train"):
         assert row["episodes"] >= 16 and set(row["failures"]) <= {"sampler"}
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+def test_an_engine_that_dies_or_hangs_while_the_trainer_works_costs_no_run(toy_base, tmp_path, monkeypatch, fault):
+    """Between the last sample of a step and the version that this step trains."""
+    monkeypatch.setattr("espalier.rollouts.samplers.vllm.PROBE_SECONDS", 3.0)
+    hit = []
+
+    class Source(SyncSource):
+        def next(self, step):
+            batch = super().next(step)
+            if step == 1:
+                hit.extend(p for p in psutil.Process().children(recursive=True) if "VLLM" in p.name())
+                for process in hit:
+                    process.send_signal(fault)
+            return batch
+
+    config = toy.run_config(
+        toy_base,
+        tmp_path,
+        sampler={"kind": "vllm", "slots": 8, "threads": 1, "eager": True},
+        trainer={"steps": 2},
+        eval={"tasks": 4, "every": 0, "greedy": False},
+    )
+    result = train(config, make_source=Source)
+    assert hit and not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in hit), "the fault was met"
+    assert (result["steps"], result["version"]) == (2, 2)
+    steps = rows(tmp_path / "toy", "train")
+    assert [row["sampled_by"] for row in steps] == [0, 1]
+    assert all(row["failures"] == {} and row["logprob_gap"] < 1e-4 for row in steps)
 
 
 @pytest.mark.long

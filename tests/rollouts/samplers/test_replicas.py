@@ -49,8 +49,8 @@ async def running(base: Path, count: int = 2):
         await sampler.close()
 
 
-def ask(session: str, number: int = 0, key: int = 1) -> SampleRequest:
-    return SampleRequest(session, tuple(range(3, 20)), number, key, 12, ())
+def ask(session: str, number: int = 0, key: int = 1, group: str = "") -> SampleRequest:
+    return SampleRequest(session, tuple(range(3, 20)), number, key, 12, (), group=group)
 
 
 async def test_an_episode_stays_with_one_and_all_have_work(base: Path) -> None:
@@ -70,6 +70,24 @@ async def test_an_episode_stays_with_one_and_all_have_work(base: Path) -> None:
             await sampler.end_session(f"s{i}")
         await sampler.sample(ask("late"))
         assert "late" in parts[0].seen
+
+
+async def test_the_episodes_of_a_group_stay_together_and_groups_are_spread(base: Path) -> None:
+    """Also where the first group's come before any other's."""
+    async with running(base) as (sampler, parts):
+        await sampler.publish(version(0, base, base))
+        ids = [(f"g{g}", f"g{g}/{i}") for g in range(4) for i in range(3)]
+        await asyncio.gather(*(sampler.sample(ask(session, group=group)) for group, session in ids))
+        homes = [{session.split("/")[0] for session in part.seen} for part in parts]
+        assert homes == [{"g0", "g2"}, {"g1", "g3"}], "each group's prompt is read once"
+        await sampler.end_session("g0/0")
+        await sampler.sample(ask("g0/3", group="g0"))
+        assert "g0/3" in parts[0].seen, "the others of its group still run"
+        for group in ("g1", "g3"):
+            for i in range(3):
+                await sampler.end_session(f"{group}/{i}")
+        await sampler.sample(ask("g4/0", group="g4"))
+        assert "g4/0" in parts[1].seen, "groups that ended weigh nothing"
 
 
 async def test_a_version_is_the_latest_when_all_serve_it(base: Path, tmp_path: Path) -> None:
