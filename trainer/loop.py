@@ -31,7 +31,7 @@ from .policy import PolicyStore, resolve_base
 from .rollout_side import RolloutSide, open_rollouts
 from .rounds import ReplaySource, batch_source, describe, grown
 from .run import Run, RunResult
-from .runs import claim
+from .runs import COLLECTED, claim, clear
 
 Listener = Callable[[Row], None]
 SourceMaker = Callable[[RunConfig, RolloutSide, Sequence[Task], Progress], BatchSource]
@@ -78,6 +78,8 @@ def train_claimed(
     with ExitStack() as stack:
         stack.enter_context(_said_in_one_sentence())
         stack.enter_context(_torch(config.trainer.threads))
+        if not resume:
+            clear(folder, replays=from_trajectories is not None)
         checkpoint = CheckpointStore(folder / "checkpoints").newest() if resume else None
         progress = checkpoint.progress if checkpoint else Progress()
         recorder = Recorder(folder, config, on_event, progress.metrics_bytes)
@@ -144,7 +146,7 @@ def collect(config: RunConfig, *, episodes: int | None = None, on_event: Listene
         if on_event is not None:
             on_event({"kind": "phase", "phase": "sampling", "time": time.time()})
         started = time.perf_counter()
-        specs = [GroupSpec(f"{config.name}/collect-{begun}/{i}", task, size) for i, task in enumerate(drawn)]
+        specs = [GroupSpec(f"{config.name}/{COLLECTED}-{begun}/{i}", task, size) for i, task in enumerate(drawn)]
         groups = side.groups(specs, version.number)
         trees = {"branching": grown(groups)} if config.branching.roots else {}
         numbers = {**describe(groups), **trees, **side.graph_figures()}

@@ -187,6 +187,44 @@ def test_a_run_is_not_overwritten(whole, toy_base):
         train(toy.run_config(toy_base, folder.parent, trainer={"steps": 5}))
 
 
+@pytest.mark.parametrize("when", [("phase", None), ("eval", 0), ("train", 1)], ids=str)
+def test_a_run_that_did_no_step_does_not_block_the_corrected_command(whole, toy_base, tmp_path, when):
+    """It is begun anew, and is the run that it would have been in an empty folder; one that did a step is not."""
+    folder, result, _ = whole
+
+    def fail(row):
+        if (row["kind"], row.get("step")) == when:
+            raise UserError("this fails")
+
+    wrong = {"trainer": {"steps": 5, "learning_rate": 1.0}, "eval": {"tasks": 5, "every": 0}}
+    with pytest.raises(UserError, match="this fails"):
+        train(toy.run_config(toy_base, tmp_path, **wrong), on_event=fail)
+    corrected = toy.run_config(toy_base, tmp_path, trainer={"steps": 5})
+    mine = tmp_path / "toy"
+    assert (mine / "config.json").is_file()
+    if when == ("train", 1):
+        with pytest.raises(UserError, match="already holds a run"):
+            train(corrected)
+        return
+    assert train(corrected)["after"] == result["after"]
+    assert timeless(mine) == timeless(folder)
+    assert adapters(mine, toy_base) == adapters(folder, toy_base)
+
+
+def test_what_a_first_step_sampled_before_it_failed_is_not_trained_on_by_the_corrected_run(
+    whole, toy_base, tmp_path, monkeypatch
+):
+    folder, _, _ = whole
+    with monkeypatch.context() as broken:
+        broken.setattr("espalier.trainer.grpo.trainer.OnlineGRPOTrainer.training_step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(toy.run_config(toy_base, tmp_path, sampling={"temperature": 2.0}))
+    with TrajectoryStoreOf(tmp_path / "toy") as store:
+        assert len(store)
+    train(toy.run_config(toy_base, tmp_path, trainer={"steps": 5}))
+    assert timeless(tmp_path / "toy") == timeless(folder)
+
+
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(whole, toy_base, tmp_path):
     import shutil
 
@@ -276,6 +314,8 @@ def test_collecting_stores_and_trains_nothing(toy_base, tmp_path):
     with TrajectoryStoreOf(tmp_path / "toy") as store:
         assert len(store) == 16
     assert not (tmp_path / "toy" / "policies").exists()
+    with pytest.raises(UserError, match="already holds a run"):
+        train(config)
 
 
 def test_early_stop_serves_the_best(toy_base, tmp_path):
