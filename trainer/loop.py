@@ -28,6 +28,7 @@ from .errors import UserError
 from .metrics import Recorder, Row
 from .parallel import Shared, follows, share, shared_end, world
 from .policy import PolicyStore, resolve_base
+from .resume import refuse_changes
 from .rollout_side import RolloutSide, open_rollouts
 from .rounds import ReplaySource, batch_source, describe, grown
 from .run import Run, RunResult
@@ -49,7 +50,8 @@ def train(
     """Train as `config` (a path, a shipped name, or a parsed configuration) says, in `config.out / config.name`.
 
     Started several times by `accelerate launch` or `torchrun`, the processes train together and all return the result.
-    `resume` continues a killed run. `from_trajectories` trains on what an earlier run stored and samples nothing.
+    `resume` continues a killed run with the configuration that it began with; what does not change what is trained may
+    differ (see `resume.FREE`: more steps, evaluation, tracking, sampler, threads, ...). `from_trajectories` trains on what an earlier run stored and samples nothing.
     `on_event` gets every row of metrics.jsonl as it is written. `make_source` makes what decides which groups are
     sampled and trained on. Raises UserError for what a user can mend.
     """
@@ -81,6 +83,8 @@ def train_claimed(
         if not resume:
             clear(folder, replays=from_trajectories is not None)
         checkpoint = CheckpointStore(folder / "checkpoints").newest() if resume else None
+        if checkpoint is not None:
+            refuse_changes(folder, checkpoint.state["config"], config)
         progress = checkpoint.progress if checkpoint else Progress()
         recorder = Recorder(folder, config, on_event, progress.metrics_bytes)
         stack.callback(recorder.close)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import toy
+from espalier.configs.load import keys
 from espalier.envs.core import EnvFailure
 from espalier.rollouts.store import TrajectoryStore
 from espalier.trainer.checkpoint import CheckpointStore
@@ -19,6 +20,7 @@ from espalier.trainer.durable import CorruptFolder
 from espalier.trainer.errors import UserError
 from espalier.trainer.loop import collect, train
 from espalier.trainer.policy import PolicyStore
+from espalier.trainer.resume import FREE
 
 TIMES = {"time", "seconds_rollout", "seconds_train", "tok_s", "seconds", "graph"}
 
@@ -179,6 +181,38 @@ def test_a_finished_run_resumed_measures_only(whole, toy_base, tmp_path):
     again = train(toy.run_config(toy_base, tmp_path, trainer={"steps": 5}), resume=True)
     assert again["after"] == result["after"]
     assert len(rows(tmp_path / "toy", "train")) == 5
+
+
+def test_a_run_is_continued_with_what_it_trains_only(whole, toy_base, tmp_path):
+    """A configuration that trains something else is refused with both values, and nothing of the run is touched."""
+    import shutil
+
+    folder, _, _ = whole
+    shutil.copytree(folder, tmp_path / "toy")
+    written = {name: (tmp_path / "toy" / name).read_bytes() for name in ("config.json", "metrics.jsonl")}
+    other = {"trainer": {"steps": 5, "learning_rate": 1e-3}, "seed": 7, "episode": {"max_turns": 1}}
+    with pytest.raises(UserError) as met:
+        train(toy.run_config(toy_base, tmp_path, **other), resume=True)
+    said = str(met.value)
+    for words in ("trainer.learning_rate = 0.02 became 0.001", "seed = 0 became 7", "episode.max_turns = 2 became 1"):
+        assert words in said
+    assert "--name" in said and "\n" not in said and said.count(" became ") == 3
+    assert {name: (tmp_path / "toy" / name).read_bytes() for name in written} == written
+    free = {
+        "trainer": {"steps": 6, "micro_batch": 4},
+        "eval": {"tasks": 6, "greedy": False},
+        "sampler": {"slots": 16},
+        "schedule": {"checkpoint_every": 3},
+        "graph": {"enabled": False},
+    }
+    assert train(toy.run_config(toy_base, tmp_path, **free), resume=True)["steps"] == 6
+    assert len(rows(tmp_path / "toy", "train")) == 6
+
+
+def test_what_may_change_on_resume_is_in_the_schema():
+    names = [name for name, _ in keys()]
+    for free in FREE:
+        assert any(name.startswith(free) if free.endswith(".") else name == free for name in names), free
 
 
 def test_a_run_is_not_overwritten(whole, toy_base):
