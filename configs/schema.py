@@ -38,6 +38,12 @@ class LoraSection(Section):
     target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
     """Which linear layers get an adapter."""
 
+    @model_validator(mode="after")
+    def _refuse_the_head(self) -> Self:
+        if "lm_head" in self.target_modules:
+            raise ValueError("policy.lora.target_modules must not name lm_head: the loss reads its frozen weights")
+        return self
+
 
 class PolicySection(Section):
     """The model."""
@@ -221,6 +227,10 @@ class SamplerSection(Section):
         return self
 
 
+Loss = Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"]
+"""Every loss type of the installed TRL's GRPOConfig (a test reads TRL's source and compares)."""
+
+
 class TrainerSection(Section):
     """GRPO, by TRL."""
 
@@ -230,8 +240,8 @@ class TrainerSection(Section):
     """Groups (tasks) a step."""
     group_size: int = Field(default=8, ge=2)
     """Episodes a group."""
-    loss: str = "grpo"
-    """Any loss type of the installed TRL's GRPOConfig."""
+    loss: Loss = "grpo"
+    """TRL's `loss_type`."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
     """"sequence" with loss "grpo" is GSPO."""
     off_policy_correction: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
@@ -281,6 +291,21 @@ class TrainerSection(Section):
     those of a group that failed (trees have none); then the step trains on what there is."""
     threads: PositiveInt = 2
     """CPU threads of the trainer."""
+
+    @model_validator(mode="after")
+    def _refuse_what_trl_cannot(self) -> Self:
+        if self.loss == "vespo" and self.off_policy_correction.startswith("sequence"):
+            raise ValueError(
+                'trainer.loss = "vespo" weighs sequences itself; set trainer.off_policy_correction to '
+                '"token_truncate", "token_mask" or "none"'
+            )
+        if self.loss == "vespo" and self.importance_sampling_level == "sequence":
+            raise ValueError(
+                'trainer.loss = "vespo" weighs sequences itself; set trainer.importance_sampling_level to "token"'
+            )
+        if self.off_policy_floor is not None and self.off_policy_floor >= self.off_policy_cap:
+            raise ValueError("trainer.off_policy_floor must be smaller than trainer.off_policy_cap")
+        return self
 
 
 class ScheduleSection(Section):

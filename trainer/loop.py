@@ -28,10 +28,11 @@ from .errors import UserError
 from .metrics import Recorder, Row
 from .parallel import Shared, follows, share, shared_end, world
 from .policy import PolicyStore, resolve_base
+from .resume import refuse_changes
 from .rollout_side import RolloutSide, open_rollouts
 from .rounds import ReplaySource, batch_source, describe, grown
 from .run import Run, RunResult
-from .runs import claim
+from .runs import COLLECTED, claim, clear
 
 Listener = Callable[[Row], None]
 SourceMaker = Callable[[RunConfig, RolloutSide, Sequence[Task], Progress], BatchSource]
@@ -49,9 +50,10 @@ def train(
     """Train as `config` (a path, a shipped name, or a parsed configuration) says, in `config.out / config.name`.
 
     Started several times by `accelerate launch` or `torchrun`, the processes train together and all return the result.
-    `resume` continues a killed run. `from_trajectories` trains on what an earlier run stored and samples nothing.
-    `on_event` gets every row of metrics.jsonl as it is written. `make_source` makes what decides which groups are
-    sampled and trained on. Raises UserError for what a user can mend.
+    `resume` continues a killed run with the configuration that it began with; what does not change what is trained may
+    differ (`resume.FREE`: more steps, evaluation, tracking, sampler, ...). `from_trajectories` trains on what an
+    earlier run stored and samples nothing. `on_event` gets every row of metrics.jsonl as it is written. `make_source`
+    makes what decides which groups are sampled and trained on. Raises UserError for what a user can mend.
     """
     if not isinstance(config, RunConfig):
         config = load_config(str(config))
@@ -78,7 +80,11 @@ def train_claimed(
     with ExitStack() as stack:
         stack.enter_context(_said_in_one_sentence())
         stack.enter_context(_torch(config.trainer.threads))
+        if not resume:
+            clear(folder, replays=from_trajectories is not None)
         checkpoint = CheckpointStore(folder / "checkpoints").newest() if resume else None
+        if checkpoint is not None:
+            refuse_changes(folder, checkpoint.state["config"], config)
         progress = checkpoint.progress if checkpoint else Progress()
         recorder = Recorder(folder, config, on_event, progress.metrics_bytes)
         stack.callback(recorder.close)
@@ -144,7 +150,7 @@ def collect(config: RunConfig, *, episodes: int | None = None, on_event: Listene
         if on_event is not None:
             on_event({"kind": "phase", "phase": "sampling", "time": time.time()})
         started = time.perf_counter()
-        specs = [GroupSpec(f"{config.name}/collect-{begun}/{i}", task, size) for i, task in enumerate(drawn)]
+        specs = [GroupSpec(f"{config.name}/{COLLECTED}-{begun}/{i}", task, size) for i, task in enumerate(drawn)]
         groups = side.groups(specs, version.number)
         trees = {"branching": grown(groups)} if config.branching.roots else {}
         numbers = {**describe(groups), **trees, **side.graph_figures()}

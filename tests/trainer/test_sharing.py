@@ -48,8 +48,9 @@ def both(base, folder, rows=ROWS, **options):
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_every_loss_has_the_gradient_of_the_flat_path(base, tmp_path, loss, level):
     """With KL to the base, entropy, weights of the recorded log-probabilities, and rows of unequal weight."""
-    correction = "token_truncate" if loss == "vespo" else f"{level}_truncate"
-    options = {"importance_sampling_level": level, "off_policy_correction": correction}
+    if (loss, level) == ("vespo", "sequence"):
+        pytest.skip("refused when it is parsed")
+    options = {"importance_sampling_level": level, "off_policy_correction": f"{level}_truncate"}
     half = dataclasses.replace(ROWS[0], share=0.5), dataclasses.replace(ROWS[1], share=0.5, trajectory="t0")
     rows = [*half, *ROWS[2:]]
     (value, flat), (tree_value, tree) = both(base, tmp_path, rows, loss=loss, beta=0.1, entropy_bonus=0.05, **options)

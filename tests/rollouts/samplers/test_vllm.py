@@ -391,6 +391,31 @@ async def test_a_servers_engine_that_dies_alone_is_started_again_too(served) -> 
     assert served.stats()["restarts"] == restarts + 1, "the fault was met"
 
 
+async def test_a_server_of_ones_own_that_serves_another_model_or_too_few_adapters_is_refused(
+    served, base, tmp_path
+) -> None:
+    """Models of one shape under any name, and --max-loras: found out when the first version is published."""
+    if not isinstance(served, VllmServerSampler):
+        pytest.skip("about the server")
+    other = small.make_base(tmp_path / "base", head_dim=32, norm_scale=3.0)
+    wide = small.make_base(tmp_path / "wide", head_dim=32, vocab=2 * small.VOCAB)
+    for model, changes, said in [
+        (base, {}, None),
+        (other, {}, rf"serves {base}, which is not the base {other} .*differ by .*policy\.base"),
+        (wide, {}, rf"serves {base}, which is not the base {wide} "),
+        (base, {"max_versions": 4}, "holds 3 adapters at once, sampler.max_versions is 4.*--max-loras 4"),
+    ]:
+        foreign = VllmServerSampler(served.url, model, **{**SIZES, **changes})
+        for _ in range(2):  # a second try is no way around it
+            if said is None:
+                await foreign.publish(small.version(0, model, model))
+                continue
+            with pytest.raises(SamplerError, match=said) as met:
+                await foreign.publish(small.version(0, model, model))
+            assert not met.value.retryable
+        await foreign.close()
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("left_out", "max_tokens", "said"),

@@ -16,7 +16,7 @@ pytest.importorskip("vllm", reason="needs vLLM: make test-vllm sets it up in an 
 
 from espalier.rollouts.samplers.vllm import VllmSampler
 
-pytestmark = [pytest.mark.vllm, pytest.mark.long, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 SIZES = {
     "vocab_size": 96,
