@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Container
 from pathlib import Path
+from typing import NamedTuple
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -47,24 +48,34 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
-def private_bytes(pid: int) -> int:
-    """Bytes that only this process holds; 0 when it is gone."""
-    return _rollup(pid, "Private_Dirty:")
+class Weight(NamedTuple):
+    """Bytes of a process that no file backs: all of them, those that it alone has, and those that it shares counted in
+    proportion.
+    """
+
+    whole: int
+    private: int
+    share: int
+
+
+def weight(pid: int) -> Weight:
+    """What a process weighs; nothing when it is gone."""
+    found = _rollup(pid)
+    whole = found.get("Anonymous", 0)
+    return Weight(whole, min(whole, found.get("Private_Dirty", 0)), found.get("Pss_Anon", 0))
 
 
 def held_bytes(pid: int) -> int:
     """Bytes that this process holds, those that it shares in proportion; 0 when it is gone."""
-    return _rollup(pid, "Pss:")
+    return _rollup(pid).get("Pss", 0)
 
 
-def _rollup(pid: int, what: str) -> int:
+def _rollup(pid: int) -> dict[str, int]:
     try:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith(what):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 0
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+        return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+    except (OSError, IndexError, ValueError):
+        return {}
 
 
 def parent_of(pid: int) -> int:

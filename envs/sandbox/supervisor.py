@@ -180,6 +180,7 @@ class Supervisor:
 
     def _ran(self, seat: Seat, told: dict[str, Any]) -> None:
         seat.call = None
+        self.tree.stepped()
         lost = told.pop("lost", False)
         if lost:
             try:

@@ -36,7 +36,7 @@ class Limits:
     `memory`: bytes that one branch's processes hold ("512M"); `pids`: processes at once; `cpu_seconds`: processor time
     of one call; `seconds`: wall-clock time of one call; `output`: bytes of a call's output that are kept; `files`,
     `inodes`: all that was written, in bytes and files; `snapshots`, `snapshot_memory`: frozen copies kept, and the
-    bytes they hold, before the least valuable goes; `spares`: copies kept ready for a warm rollback.
+    bytes of memory that only they hold (what they wrote to files counts in `files`), before the least valuable go; `spares`: copies kept ready for a warm rollback.
     """
 
     memory: int | str = "1G"
