@@ -25,6 +25,8 @@ from .wire import DONE, FORK, FREEZE, NOT_PLAIN, RENEW, WireError, encode, recei
 HANDSHAKE_SECONDS = 10.0
 MOST_OF_GUEST = 1 << 16
 MOST_ROUNDS = 1000
+NICE = 5
+"""How far guests rank below the orchestrator."""
 _CATCHABLE = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
 
 
@@ -54,6 +56,7 @@ class Guest:
     namespace: int  # a descriptor of its mount namespace
     lineage: int = 0  # forks between it and the last process with pages of its own
     ended: bool = False
+    lowered: bool = False  # whether its session ranks below others
 
 
 @dataclass
@@ -120,6 +123,7 @@ def _become(
     """In the first guest process: everything that holds it in, then its interpreter. Never returns."""
     try:
         os.setsid()
+        os.nice(NICE)
         guestroot.enter(home.room, home.guest)
         for which, value in limits:
             resource.setrlimit(which, (value, value))

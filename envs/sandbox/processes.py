@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 from collections.abc import Container
 from pathlib import Path
@@ -93,12 +94,40 @@ def kill(pid: int) -> None:
 
 
 def cpu_of(pid: int) -> float:
-    """Seconds of processor time that it has used; 0 when it is gone."""
+    """Seconds of processor time that it and the children that it waited for have used; 0 when it is gone."""
     try:
         parts = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-        return (int(parts[11]) + int(parts[12])) / _TICKS
+        return sum(int(part) for part in parts[11:15]) / _TICKS
     except (OSError, IndexError):
         return 0.0
+
+
+def allow(pid: int, most: int | None) -> None:
+    """Let it start processes while all of its user are fewer than `most`, or than its hard limit (None)."""
+    with contextlib.suppress(ProcessLookupError):
+        hard = resource.prlimit(pid, resource.RLIMIT_NPROC)[1]
+        resource.prlimit(pid, resource.RLIMIT_NPROC, (hard if most is None else min(most, hard), hard))
+
+
+def threads_of(pid: int) -> int:
+    """How many threads it has; 0 when it is gone."""
+    try:
+        return len(os.listdir(f"/proc/{pid}/task"))
+    except OSError:
+        return 0
+
+
+def lower(pid: int) -> bool:
+    """Where the kernel groups processes by session (autogroup), have this one's session rank below others as it ranks
+    within it; whether that is settled. The kernel takes few such wishes at once.
+    """
+    try:
+        Path(f"/proc/{pid}/autogroup").write_text(str(os.getpriority(os.PRIO_PROCESS, pid)))
+    except BlockingIOError:
+        return False
+    except OSError:  # there is no such grouping here, or no such process
+        pass
+    return True
 
 
 def resident(pid: int) -> int:

@@ -172,6 +172,9 @@ class Supervisor:
 
     def _run(self, seat: Seat, message: dict[str, Any], _fds: list[int]) -> None:
         seat.at = seat.plain = None
+        guest, known = seat.guest, len(self.tree.pids())
+        processes.allow(guest.pid, self.tree.limits["pids"] + known)
+        guest.lowered = guest.lowered or processes.lower(guest.pid)
         try:
             seat.call = self.calls.start(seat.guest, message, lambda told: self._ran(seat, told))
         except WireError as error:
@@ -209,6 +212,7 @@ class Supervisor:
 
     def _freeze(self, seat: Seat) -> guests.Template:
         self.tree.bound({other.at for other in self.seats.values()})
+        processes.allow(seat.guest.pid, None)
         if seat.plain is None:
             seat.plain = guests.is_plain(seat.guest, self.tree.pids())
         if seat.plain:
