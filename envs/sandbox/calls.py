@@ -30,7 +30,9 @@ ANSWER_S = 1.0
 
 @dataclass
 class Call:
-    """A call in progress; `done` gets its answer, with "lost" when the guest is gone or has to go."""
+    """A call in progress; `done` gets its answer, with "lost" when the guest is gone or has to go, and with "quiet" when
+    it says that it only waited for another program.
+    """
 
     op: str
     guest: Guest
@@ -155,7 +157,8 @@ class Calls:
         status = told.get("status")
         self._read_rest(call)
         self._leave(call)
-        call.done(self._answer(call, status if isinstance(status, int) else 1))
+        answer = self._answer(call, status if isinstance(status, int) else 1)
+        call.done({**answer, "quiet": told.get("quiet") == 1 and not call.stopped})
 
     def _lost(self, call: Call, why: str) -> None:
         call.stopped = why
