@@ -30,8 +30,8 @@ ANSWER_S = 1.0
 
 @dataclass
 class Call:
-    """A call in progress; `done` gets its answer, with "lost" when the guest is gone or has to go, and with "quiet" when
-    it says that it only waited for another program.
+    """A call in progress; `done` gets its answer, with "lost" when the guest is gone or has to go, and with "quiet"
+    when it says that it only waited for another program.
     """
 
     op: str
