@@ -41,7 +41,7 @@ def main(fd: int) -> NoReturn:
     sys.modules["__main__"] = fresh
     sys.path.insert(0, "")
     sys.argv = [""]
-    sys.addaudithook = _add_audit_hook(sys.addaudithook)
+    vars(sys)["addaudithook"] = _add_audit_hook(sys.addaudithook)
     gc.collect()
     gc.freeze()
     usual = _run_by_a_program()
@@ -80,7 +80,8 @@ def _add_audit_hook(add: Callable[[Any], None]) -> Callable[[Any], None]:
 def _run_by_a_program() -> list[object]:
     """Everything of this interpreter that a call of another program runs and that the agent could have replaced."""
     handlers = [signal.getsignal(number) for number in signal.valid_signals()]
-    tools = [sys.monitoring.get_tool(number) for number in range(6)] if sys.version_info >= (3, 12) else []
+    monitoring = getattr(sys, "monitoring", None)  # from Python 3.12 on
+    tools = [monitoring.get_tool(number) for number in range(6)] if monitoring else []
     hooks = [_hooked, sys.gettrace(), sys.getprofile(), len(gc.callbacks), sys.stdout, sys.stderr, *handlers, *tools]
     return [*hooks, *vars(os).values(), *vars(subprocess).values(), *vars(subprocess.Popen).values()]
 
