@@ -30,6 +30,8 @@ MOST_UNWANTED = 64
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EAGAIN, errno.ENOMEM)
 REAP_SECONDS = 2.0
+MOST_DYING = 4
+"""Killed processes that may take room from a snapshot; on a busy machine it takes a while until they are gone."""
 
 RENEW_ABOVE = 10
 """Forks in a row before a frozen copy gets pages of its own."""
@@ -258,9 +260,13 @@ class Tree:
                 self.end(spare)
 
     def bound(self, in_use: set[int | None]) -> None:
-        """Keep to the number of snapshots where no spare time comes."""
+        """Keep to the number of snapshots where no spare time comes; those killed count until they are reaped."""
         if len(self.templates) > self.limits["snapshots"]:
             self._make_room(in_use)
+        deadline = time.monotonic() + REAP_SECONDS
+        while len(self.dying) > MOST_DYING and time.monotonic() < deadline:
+            time.sleep(0.001)
+            self.reap()
 
     def _make_room(self, in_use: set[int | None]) -> None:
         """Let the least valuable snapshots go while there are too many."""
