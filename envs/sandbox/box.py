@@ -17,7 +17,7 @@ import os
 import socket
 import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -29,6 +29,9 @@ from .wire import WireError, receive, send
 START_SECONDS = 60.0
 REPLY_SECONDS = 60.0
 _CHUNK = 4 << 20
+
+Pieces = Generator[dict[str, Any], dict[str, Any] | None, bytes]
+"""Requests that belong together: each is yielded, its reply sent in."""
 
 
 @dataclass(eq=False)
@@ -46,7 +49,9 @@ class BoxSnapshot:
     @property
     def number(self) -> int:
         """Which snapshot of its box this is. Raises `SnapshotIncomplete`, `BoxError`."""
-        if not self._known and self._failure is None:
+        if not self._known and self._failure is None and not self._box._closed:
+            if self._box._connection.gettimeout() == 0:
+                raise BoxError("not_known_yet", "await another call of the box first: it settles this snapshot, too")
             self._box._settle()
         if self._failure is not None:
             raise self._failure
@@ -118,21 +123,23 @@ class Box:
 
         Raises `SnapshotIncomplete` when the state cannot be kept whole.
         """
-        made = BoxSnapshot(self)
+        made = self._new_handle()
         self._send({"op": "snapshot"})
         self._pending.append(made)
-        weakref.finalize(made, _forget, made._known, self._family).atexit = False
         if wait:
             _ = made.number
         return made
 
-    def _keep(self, told: Mapping[str, Any]) -> BoxSnapshot:
+    def _new_handle(self) -> BoxSnapshot:
         made = BoxSnapshot(self)
         weakref.finalize(made, _forget, made._known, self._family).atexit = False
-        self._know(made, told)
         return made
 
-    def _know(self, made: BoxSnapshot, told: Mapping[str, Any]) -> None:
+    def _settle_one(self, made: BoxSnapshot, told: Mapping[str, Any]) -> None:
+        if "error" in told:
+            failure = error_of(told)
+            made._failure = failure if isinstance(failure, BoxError) else BoxError("box_failed", str(failure))
+            return
         made.pause_us = int(told.get("pause_us", 0))
         made._known.append(int(told["snapshot"]))
         self._family.handles[made._known[0]] += 1
@@ -178,26 +185,24 @@ class Box:
 
     def read_file(self, path: str, *, most: int = 1 << 20) -> bytes:
         """At most `most` bytes of a file below /workspace or /tmp. Raises `OSError` as the guest would see it."""
-        data = bytearray()
-        while len(data) < most:
-            wanted = min(most - len(data), _CHUNK)
-            message = {"op": "read_file", "path": path, "most": wanted, "offset": len(data)}
-            chunk = base64.b64decode(self._ask(message)["data"])
-            data += chunk
-            if len(chunk) < wanted:
-                break
-        return bytes(data)
+        return self._by_pieces(reading(path, most))
 
     def write_file(self, path: str, data: bytes) -> None:
         """Write a file as the guest's user; missing folders are made. Raises `OSError`."""
-        for at in range(0, max(len(data), 1), _CHUNK):
-            chunk = base64.b64encode(data[at : at + _CHUNK]).decode()
-            self._ask({"op": "write_file", "path": path, "data": chunk, "more": at > 0})
+        self._by_pieces(writing(path, data))
+
+    def _by_pieces(self, pieces: Pieces) -> bytes:
+        told: dict[str, Any] | None = None
+        while True:
+            try:
+                message = pieces.send(told)
+            except StopIteration as done:
+                return bytes(done.value)
+            told = self._ask(message)
 
     def list_files(self, path: str = ".") -> list[tuple[str, str, int]]:
         """Entries of a folder: name, "file", "folder" or "link", and size in bytes. Raises `OSError`."""
-        found = self._ask({"op": "list", "path": path})["entries"]
-        return [(name, kind, size) for name, kind, size in found]
+        return entries_of(self._ask({"op": "list", "path": path}))
 
     def stats(self) -> dict[str, int]:
         """How much the box holds: snapshots and the bytes that only they hold, layers, processes, spares."""
@@ -245,19 +250,20 @@ class Box:
 
     def _reply(self) -> dict[str, Any]:
         self._settle()
-        return self._next_reply()
+        told = self._next_reply()
+        if "error" in told:
+            raise error_of(told)
+        return told
 
     def _settle(self) -> None:
         """Read the replies to snapshots that nobody has waited for."""
         while self._pending:
             made = self._pending.popleft()
             try:
-                told = self._next_reply()
-                self._know(made, told)
+                self._settle_one(made, self._next_reply())
             except BoxError as error:
                 made._failure = error
-                if self._closed:
-                    raise
+                raise
 
     def _next_reply(self) -> dict[str, Any]:
         try:
@@ -267,9 +273,33 @@ class Box:
             raise BoxError("box_gone", f"the box is gone or hangs: {error}") from error
         for fd in fds:
             os.close(fd)
-        if "error" in told:
-            raise error_of(told)
         return told
+
+
+def reading(path: str, most: int) -> Pieces:
+    """The requests that read a file, each made of the reply to the one before; gives its bytes."""
+    data = bytearray()
+    while len(data) < most:
+        wanted = min(most - len(data), _CHUNK)
+        told = yield {"op": "read_file", "path": path, "most": wanted, "offset": len(data)}
+        chunk = base64.b64decode((told or {})["data"])
+        data += chunk
+        if len(chunk) < wanted:
+            break
+    return bytes(data)
+
+
+def writing(path: str, data: bytes) -> Pieces:
+    """The requests that write one."""
+    for at in range(0, max(len(data), 1), _CHUNK):
+        chunk = base64.b64encode(data[at : at + _CHUNK]).decode()
+        yield {"op": "write_file", "path": path, "data": chunk, "more": at > 0}
+    return b""
+
+
+def entries_of(told: Mapping[str, Any]) -> list[tuple[str, str, int]]:
+    """What the reply to "list" says."""
+    return [(name, kind, size) for name, kind, size in told["entries"]]
 
 
 def _leave(connection: socket.socket, connections: set[socket.socket]) -> None:

@@ -1,6 +1,7 @@
 """Code that runs in guests: output read, time, processor and memory watched, and what does not end, ended.
 
-Runs in the supervisor. Always true: a call is answered once; while it runs nothing else happens on its seat.
+Runs in the supervisor. Always true: a call is answered once; while it runs nothing else happens on its seat; what runs
+on between calls is watched too.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from .guests import Guest
 from .wire import WireError, send
 
 LOOK_EVERY_S = 0.2
+REST_LOOK_EVERY_S = 1.0
+"""Between looks at what runs while its seat rests."""
 GRACE_S = 5.0
 """Seconds that an interrupted interpreter has before it is ended."""
 ANSWER_S = 1.0
@@ -27,7 +30,9 @@ ANSWER_S = 1.0
 
 @dataclass
 class Call:
-    """A call in progress; `done` gets its answer, with "lost" when the guest is gone or has to go."""
+    """A call in progress; `done` gets its answer, with "lost" when the guest is gone or has to go, and with "quiet"
+    when it says that it only waited for another program.
+    """
 
     op: str
     guest: Guest
@@ -44,15 +49,26 @@ class Call:
     looked: float = 0.0
 
 
+@dataclass
+class Rest:
+    """A guest between calls, with processes or threads that run on."""
+
+    guest: Guest
+    cpu_seconds: float
+    cpu_before: float
+    looked: float
+
+
 class Calls:
-    """All calls in progress. `branch`: the processes of a guest's branch."""
+    """All calls in progress, and what they left running. `branch`: the processes of a guest's branch."""
 
     def __init__(self, selector: selectors.BaseSelector, memory: int, branch: Callable[[Guest], list[int]]) -> None:
         self._selector, self._memory, self._branch = selector, memory, branch
         self._running: list[Call] = []
+        self._resting: dict[int, Rest] = {}
 
     def __len__(self) -> int:
-        return len(self._running)
+        return len(self._running) + len(self._resting)
 
     def start(self, guest: Guest, message: dict[str, Any], done: Callable[[dict[str, Any]], None]) -> Call:
         """Let a guest run something. Raises `WireError` when it is gone."""
@@ -65,6 +81,7 @@ class Calls:
             raise
         finally:
             os.close(writing)
+        self._resting.pop(guest.pid, None)
         now = time.monotonic()
         seconds, cpu, most = float(message["seconds"]), float(message["cpu_seconds"]), int(message["most"])
         call = Call(message["op"], guest, done, reading, now + seconds, cpu, most, self._cpu(guest), looked=now)
@@ -93,6 +110,22 @@ class Calls:
                     self._stop(call, "cpu")
                 elif self._held(call.guest) > self._memory:
                     self._stop(call, "memory")
+        for rest in list(self._resting.values()):
+            if now - rest.looked > REST_LOOK_EVERY_S:
+                rest.looked = now
+                self._look_at(rest)
+
+    def _look_at(self, rest: Rest) -> None:
+        """End what runs on beyond the limits: the processes left behind, or the interpreter where it has none."""
+        guest = rest.guest
+        if guest.ended or not self._runs_on(guest):
+            del self._resting[guest.pid]
+        elif self._cpu(guest) - rest.cpu_before > rest.cpu_seconds or self._held(guest) > self._memory:
+            for pid in [pid for pid in self._branch(guest) if pid != guest.pid] or [guest.pid]:
+                processes.kill(pid)
+
+    def _runs_on(self, guest: Guest) -> bool:
+        return len(self._branch(guest)) > 1 or processes.threads_of(guest.pid) > 1
 
     def _read(self, call: Call) -> bool:
         """Take some of what is in the pipe; whether there was any."""
@@ -124,7 +157,8 @@ class Calls:
         status = told.get("status")
         self._read_rest(call)
         self._leave(call)
-        call.done(self._answer(call, status if isinstance(status, int) else 1))
+        answer = self._answer(call, status if isinstance(status, int) else 1)
+        call.done({**answer, "quiet": told.get("quiet") == 1 and not call.stopped})
 
     def _lost(self, call: Call, why: str) -> None:
         call.stopped = why
@@ -142,6 +176,9 @@ class Calls:
             if fd in self._selector.get_map():
                 self._selector.unregister(fd)
         os.close(call.pipe)
+        if self._runs_on(call.guest):
+            now = time.monotonic()
+            self._resting[call.guest.pid] = Rest(call.guest, call.cpu_seconds, self._cpu(call.guest), now)
 
     def _stop(self, call: Call, why: str) -> None:
         """End what the call started, and interrupt it; if that does not help, `look_after` gives the guest up."""

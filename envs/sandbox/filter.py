@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import resource
 import struct
 
 from . import kernel
@@ -49,6 +50,12 @@ def program() -> bytes:
         steps += [(_EQUAL, 0, 1, number), (_GIVE, 0, 0, _REFUSE)]
     for name in SIGNALS:
         steps += [(_EQUAL, 0, 1, calls[name]), (_GIVE, 0, 0, _ASK)]
+    # how many processes there may be is the supervisor's to say: the hard limit has room for frozen copies
+    steps += [(_EQUAL, 0, 3, calls["setrlimit"]), (_LOAD, 0, 0, 16), (_EQUAL, 0, 1, resource.RLIMIT_NPROC)]
+    steps += [(_GIVE, 0, 0, _REFUSE), (_LOAD, 0, 0, 0)]
+    steps += [(_EQUAL, 0, 7, calls["prlimit64"]), (_LOAD, 0, 0, 24), (_EQUAL, 0, 5, resource.RLIMIT_NPROC)]
+    steps += [(_LOAD, 0, 0, 32), (_EQUAL, 0, 2, 0), (_LOAD, 0, 0, 36), (_EQUAL, 1, 0, 0), (_GIVE, 0, 0, _REFUSE)]
+    steps += [(_LOAD, 0, 0, 0)]
     for name, index in _ONLY_ITSELF.items():
         number = calls[name]
         steps += [(_EQUAL, 0, 4, number), (_LOAD, 0, 0, 16 + 8 * index), (_EQUAL, 1, 0, 0), (_GIVE, 0, 0, _REFUSE)]

@@ -25,6 +25,8 @@ from .wire import DONE, FORK, FREEZE, NOT_PLAIN, RENEW, WireError, encode, recei
 HANDSHAKE_SECONDS = 10.0
 MOST_OF_GUEST = 1 << 16
 MOST_ROUNDS = 1000
+NICE = 5
+"""How far guests rank below the orchestrator."""
 _CATCHABLE = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
 
 
@@ -54,6 +56,7 @@ class Guest:
     namespace: int  # a descriptor of its mount namespace
     lineage: int = 0  # forks between it and the last process with pages of its own
     ended: bool = False
+    lowered: bool = False  # whether its session ranks below others
 
 
 @dataclass
@@ -65,11 +68,10 @@ class Template:
     connection: socket.socket
     stacks: Stacks
     plain: bool  # whether there is nothing to carry over but the working directory
-    cost: int = 0  # bytes that only it holds
-    used: float = 0.0
+    used: int = 0  # when it was last made or gone back to, in such events
     ready: float = 0.0  # when the guest could go on after it
     lineage: int = 0
-    hot: int = 0  # how often it was gone back to
+    hot: float = 0.0  # how often it was gone back to, long ago counting less
     spare: Guest | None = None
     refused: list[str] = field(default_factory=list)
 
@@ -121,6 +123,7 @@ def _become(
     """In the first guest process: everything that holds it in, then its interpreter. Never returns."""
     try:
         os.setsid()
+        os.nice(NICE)
         guestroot.enter(home.room, home.guest)
         for which, value in limits:
             resource.setrlimit(which, (value, value))
@@ -202,7 +205,7 @@ def freeze(home: Home, layers: Layers, guest: Guest, number: int, plain: bool) -
     guest.mounted = {**guest.mounted, **fresh}
     ready = time.perf_counter()
     layers.hold(stacks.values())
-    template = Template(number, pid, ours, stacks, plain, lineage=guest.lineage + 1, used=time.monotonic())
+    template = Template(number, pid, ours, stacks, plain, lineage=guest.lineage + 1)
     template.ready = ready
     if not plain:
         _ask(connection, encode({"op": "moved"}))
@@ -275,7 +278,7 @@ def renew(template: Template) -> None:
         return
     template.connection.close()
     processes.kill(template.pid)
-    template.pid, template.connection, template.lineage, template.cost = pid, ours, 0, 0
+    template.pid, template.connection, template.lineage = pid, ours, 0
 
 
 def end(layers: Layers, guest: Guest, known: Container[int]) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 from collections.abc import Container
 from pathlib import Path
+from typing import NamedTuple
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -47,24 +49,34 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
-def private_bytes(pid: int) -> int:
-    """Bytes that only this process holds; 0 when it is gone."""
-    return _rollup(pid, "Private_Dirty:")
+class Weight(NamedTuple):
+    """Bytes of a process that no file backs: all of them, those that it alone has, and those that it shares counted in
+    proportion.
+    """
+
+    whole: int
+    private: int
+    share: int
+
+
+def weight(pid: int) -> Weight:
+    """What a process weighs; nothing when it is gone."""
+    found = _rollup(pid)
+    whole = found.get("Anonymous", 0)
+    return Weight(whole, min(whole, found.get("Private_Dirty", 0)), found.get("Pss_Anon", 0))
 
 
 def held_bytes(pid: int) -> int:
     """Bytes that this process holds, those that it shares in proportion; 0 when it is gone."""
-    return _rollup(pid, "Pss:")
+    return _rollup(pid).get("Pss", 0)
 
 
-def _rollup(pid: int, what: str) -> int:
+def _rollup(pid: int) -> dict[str, int]:
     try:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith(what):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 0
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+        return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+    except (OSError, IndexError, ValueError):
+        return {}
 
 
 def parent_of(pid: int) -> int:
@@ -82,12 +94,40 @@ def kill(pid: int) -> None:
 
 
 def cpu_of(pid: int) -> float:
-    """Seconds of processor time that it has used; 0 when it is gone."""
+    """Seconds of processor time that it and the children that it waited for have used; 0 when it is gone."""
     try:
         parts = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-        return (int(parts[11]) + int(parts[12])) / _TICKS
+        return sum(int(part) for part in parts[11:15]) / _TICKS
     except (OSError, IndexError):
         return 0.0
+
+
+def allow(pid: int, most: int | None) -> None:
+    """Let it start processes while all of its user are fewer than `most`, or than its hard limit (None)."""
+    with contextlib.suppress(ProcessLookupError):
+        hard = resource.prlimit(pid, resource.RLIMIT_NPROC)[1]
+        resource.prlimit(pid, resource.RLIMIT_NPROC, (hard if most is None else min(most, hard), hard))
+
+
+def threads_of(pid: int) -> int:
+    """How many threads it has; 0 when it is gone."""
+    try:
+        return len(os.listdir(f"/proc/{pid}/task"))
+    except OSError:
+        return 0
+
+
+def lower(pid: int) -> bool:
+    """Where the kernel groups processes by session (autogroup), have this one's session rank below others as it ranks
+    within it; whether that is settled. The kernel takes few such wishes at once.
+    """
+    try:
+        Path(f"/proc/{pid}/autogroup").write_text(str(os.getpriority(os.PRIO_PROCESS, pid)))
+    except BlockingIOError:
+        return False
+    except OSError:  # there is no such grouping here, or no such process
+        pass
+    return True
 
 
 def resident(pid: int) -> int:

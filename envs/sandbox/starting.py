@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import os
 import site
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import threading
 import weakref
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
@@ -31,11 +33,17 @@ class Family:
     """What the branches of one box share: its process, its control group, snapshots to be dropped."""
 
     def __init__(self, process: subprocess.Popen[bytes], groups: list[str]) -> None:
-        self.process = process
+        self.process, self.groups = process, groups
         self.handles: Counter[int] = Counter()
         self.dropped: deque[int] = deque()
         self.connections: set[socket.socket] = set()
-        self.end = weakref.finalize(self, _abandon, process, groups, self.connections)
+        self._forgotten = weakref.finalize(self, _abandon, process, groups, self.connections)
+
+    def end(self) -> None:
+        """End the box, and wait until nothing of it is left. Safe to repeat."""
+        if self._forgotten.detach():
+            _close(self.connections)
+            _end(self.process, self.groups)
 
     def with_dropped(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
         """A request that also says which snapshots nobody has a handle to any more."""
@@ -46,9 +54,17 @@ class Family:
 
 
 def _abandon(process: subprocess.Popen[bytes], groups: list[str], connections: set[socket.socket]) -> None:
+    """A box was collected without being closed: whoever happens to collect it does not wait, but at exit."""
+    _close(connections)
+    if threading.main_thread().is_alive():
+        _thread.start_new_thread(_end, (process, groups))  # takes no lock that the collected thread may hold
+    else:
+        _end(process, groups)
+
+
+def _close(connections: set[socket.socket]) -> None:
     for connection in list(connections):
         connection.close()
-    _end(process, groups)
 
 
 def _end(process: subprocess.Popen[bytes], groups: list[str]) -> None:

@@ -171,15 +171,23 @@ class Supervisor:
     # requests
 
     def _run(self, seat: Seat, message: dict[str, Any], _fds: list[int]) -> None:
+        was = seat.at if seat.plain and message["op"] != "python" else None
         seat.at = seat.plain = None
+        guest, known = seat.guest, len(self.tree.pids())
+        processes.allow(guest.pid, self.tree.limits["pids"] + known)
+        guest.lowered = guest.lowered or processes.lower(guest.pid)
         try:
-            seat.call = self.calls.start(seat.guest, message, lambda told: self._ran(seat, told))
+            seat.call = self.calls.start(seat.guest, message, lambda told: self._ran(seat, told, was))
         except WireError as error:
             self._restart_from(seat, self.tree.templates[PRISTINE])
             raise guests.GuestGone(f"the interpreter is gone ({error}); a fresh one has been started") from error
 
-    def _ran(self, seat: Seat, told: dict[str, Any]) -> None:
+    def _ran(self, seat: Seat, told: dict[str, Any], was: int | None) -> None:
+        """A call is over; `was`: the snapshot that its guest was equal to, with nothing that a program could reach."""
         seat.call = None
+        self.tree.stepped()
+        if told.pop("quiet", False) and was is not None and not self._has_changed(seat):
+            seat.at, seat.plain = was, True
         lost = told.pop("lost", False)
         if lost:
             try:
@@ -208,6 +216,7 @@ class Supervisor:
 
     def _freeze(self, seat: Seat) -> guests.Template:
         self.tree.bound({other.at for other in self.seats.values()})
+        processes.allow(seat.guest.pid, None)
         if seat.plain is None:
             seat.plain = guests.is_plain(seat.guest, self.tree.pids())
         if seat.plain:
@@ -278,8 +287,11 @@ class Supervisor:
             }
 
     def _changed(self, seat: Seat, _message: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        return {"changed": int(self._has_changed(seat))}
+
+    def _has_changed(self, seat: Seat) -> bool:
         written = any(self.tree.layers.changed(name, mount) for name, mount in seat.guest.mounted.items())
-        return {"changed": int(written or len(self._branch(seat.guest)) > 1)}
+        return written or len(self._branch(seat.guest)) > 1
 
     def _stats(self, seat: Seat, _message: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
         templates = self.tree.templates.values()

@@ -33,10 +33,11 @@ class SnapshotIncomplete(BoxError):
 class Limits:
     """What a box may use.
 
-    `memory`: bytes that one branch's processes hold ("512M"); `pids`: processes at once; `cpu_seconds`: processor time
-    of one call; `seconds`: wall-clock time of one call; `output`: bytes of a call's output that are kept; `files`,
-    `inodes`: all that was written, in bytes and files; `snapshots`, `snapshot_memory`: frozen copies kept, and the
-    bytes they hold, before the least valuable goes; `spares`: copies kept ready for a warm rollback.
+    `memory`: bytes that one branch's processes hold ("512M"); `pids`: processes and threads at once, of all branches
+    together; `cpu_seconds`: processor time of one call, and of what it left running until the next one; `seconds`:
+    wall-clock time of one call; `output`: bytes of a call's output that are kept; `files`, `inodes`: all that was
+    written, in bytes and files; `snapshots`, `snapshot_memory`: frozen copies kept, and the bytes of memory that only
+    they hold, before the least valuable go; `spares`: copies kept ready for a warm rollback.
     """
 
     memory: int | str = "1G"

@@ -12,7 +12,9 @@ import builtins
 import errno
 import gc
 import linecache
+import operator
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -27,6 +29,8 @@ from .wire import DONE, FORK, FREEZE, NOT_PLAIN, WireError, receive, send
 
 Fork = Callable[[], int]
 
+_hooked = False
+
 
 def main(fd: int) -> NoReturn:
     """Serve the supervisor behind the socket `fd` until it is gone."""
@@ -37,8 +41,10 @@ def main(fd: int) -> NoReturn:
     sys.modules["__main__"] = fresh
     sys.path.insert(0, "")
     sys.argv = [""]
+    vars(sys)["addaudithook"] = _add_audit_hook(sys.addaudithook)
     gc.collect()
     gc.freeze()
+    usual = _run_by_a_program()
     fork = kernel.sibling_fork()
     waiting: carry.Carried | None = None  # what is to be adopted before anything else is done
     try:
@@ -55,12 +61,43 @@ def main(fd: int) -> NoReturn:
             elif message["op"] == "freeze":
                 connection = _freeze(connection, fds[0], fork)
             else:
-                _run(connection, message, fds[0], fresh.__dict__)
+                _run(connection, message, fds[0], fresh.__dict__, usual)
     except (WireError, OSError, LookupError):
         os._exit(0)
 
 
-def _run(connection: socket.socket, message: dict[str, Any], out: int, space: dict[str, Any]) -> None:
+def _add_audit_hook(add: Callable[[Any], None]) -> Callable[[Any], None]:
+    """The same function, which leaves a note: hooks cannot be listed."""
+
+    def addaudithook(hook: Any) -> None:
+        global _hooked
+        _hooked = True
+        add(hook)
+
+    return addaudithook
+
+
+def _run_by_a_program() -> list[object]:
+    """Everything of this interpreter that a call of another program runs and that the agent could have replaced."""
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    monitoring = getattr(sys, "monitoring", None)  # from Python 3.12 on
+    tools = [monitoring.get_tool(number) for number in range(6)] if monitoring else []
+    hooks = [_hooked, sys.gettrace(), sys.getprofile(), len(gc.callbacks), sys.stdout, sys.stderr, *handlers, *tools]
+    return [*hooks, *vars(os).values(), *vars(subprocess).values(), *vars(subprocess.Popen).values()]
+
+
+def _collections() -> int:
+    return sum(generation["collections"] for generation in gc.get_stats())
+
+
+def _run(
+    connection: socket.socket, message: dict[str, Any], out: int, space: dict[str, Any], usual: list[object]
+) -> None:
+    """Run what is asked for, and answer; "quiet" when nothing but another program has run: no hook, no handler, no
+    finalizer of the agent's in this interpreter.
+    """
+    collected, now = _collections(), _run_by_a_program()
+    quiet = len(now) == len(usual) and all(map(operator.is_, now, usual))
     sys.stdout.flush()
     for stream in (1, 2):
         os.dup2(out, stream)
@@ -89,7 +126,7 @@ def _run(connection: socket.socket, message: dict[str, Any], out: int, space: di
     for stream in (1, 2):
         os.dup2(nothing, stream)
     os.close(nothing)
-    send(connection, answer)
+    send(connection, {**answer, "quiet": int(quiet and collected == _collections())})
 
 
 def _python(code: str, space: dict[str, Any], show: bool) -> None:

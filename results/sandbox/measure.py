@@ -120,7 +120,8 @@ def operations(folder: Path, count: int) -> dict[str, list[float]]:
                 found["pause"].append(made.pause_us / 1e3)
                 found["fork"].append(forker.fork())
                 kept.append(made)
-            stats = box.stats()
+            box.python(STEP)  # the last one's pages part from the guest's, as all the others' have
+            stats = box.stats()  # weighs every process
             found["memory_mb"].append(stats["snapshot_bytes"] / max(stats["snapshots"] - 1, 1) / 1e6)
             while len(found["cold"]) < count // 2:
                 here = rng.choice(kept)
@@ -222,11 +223,11 @@ def copying(folder: Path, rounds: int) -> dict[str, float]:
 
 def search(nodes: int) -> dict[str, float]:
     """Nodes a second of a random tree search on generated tasks (go back to a node, change the file, run the visible
-    tests, keep the state), in a box and with copies and fresh processes; and the share of states that a box refused.
+    tests, keep the state), in a box and with copies and fresh processes; and the share of states that a box refused in
+    a search that takes an agent's actions (`acting`).
     """
     tasks = [generate("train", 0, number) for number in range(4)]
     spent = {"box": 0.0, "copy": 0.0}
-    refused = 0
     for task in tasks:
         module = next(name for name in task.files if not name.startswith("test_"))
         rng = random.Random(task.id)
@@ -240,10 +241,8 @@ def search(nodes: int) -> dict[str, float]:
                 box.rollback(rng.choice(kept))
                 box.write_file(module, f"{task.files[module]}\n# {n}\n".encode())
                 run_visible(box, 30)
-                try:
+                with contextlib.suppress(SnapshotIncomplete):
                     kept.append(box.snapshot())
-                except SnapshotIncomplete:
-                    refused += 1
             spent["box"] += time.perf_counter() - started
         with tempfile.TemporaryDirectory() as folder:
             spent["copy"] += search_by_copies(task.files, module, rng, nodes, Path(folder))
@@ -251,8 +250,56 @@ def search(nodes: int) -> dict[str, float]:
     return {
         "search_nodes_s_box": total / spent["box"],
         "search_nodes_s_copy": total / spent["copy"],
-        "refused_share": refused / total,
+        **acting(tasks, max(nodes, 2 * len(ACTIONS))),
     }
+
+
+ACTIONS = (
+    ("shell", "cat *.py | grep -n def | sort > listing.txt; wc -l < listing.txt"),
+    ("shell", "find . -name '*.py' -exec wc -l {} + | tail -1 >> log.txt 2>&1"),
+    ("shell", "python3 -c 'print(sum(range(10)))' | tee out.txt; sed -i 's/^/# /' out.txt"),
+    ("shell", "(sleep 0.05; echo late >> log.txt) & wait"),
+    ("shell", "sleep 30 > server.log 2>&1 &"),
+    ("python", "import numpy as np; a = np.random.random((300, 300)); a @ a; np.save('a.npy', a)"),
+    ("python", "import pandas as pd; frame = pd.DataFrame({'a': range(50)}); frame.to_csv('frame.csv')"),
+    ("python", "log = open('log.txt', 'a'); log.write('a line\\n'); rows = open('rows.txt', 'w+')"),
+    ("python", "import sqlite3; base = sqlite3.connect('base.db'); base.execute('create table if not exists t (n)')"),
+    ("python", "import subprocess; print(subprocess.run('ls | head -3', shell=True, capture_output=True).stdout)"),
+    (
+        "python",
+        "from concurrent.futures import ThreadPoolExecutor; print(sum(ThreadPoolExecutor(2).map(abs, [1, -1])))",
+    ),
+    (
+        "python",
+        "import tempfile, threading; held = tempfile.TemporaryFile(); held.write(b'x'); lock = threading.Lock()",
+    ),
+)
+"""What agents do to a workspace and an interpreter, with habits that leave something behind among them."""
+
+
+def acting(tasks: list[Any], nodes: int) -> dict[str, float]:
+    """The share of states refused, and by whose last action, in a random tree search whose nodes go back to a kept
+    state, take one of `ACTIONS`, each as often as any other, and keep what came of it.
+    """
+    refused = dict.fromkeys(range(len(ACTIONS)), 0)
+    for task in tasks:
+        rng = random.Random(task.id)
+        with Box(limits=LIMITS) as box:
+            for name, text in task.files.items():
+                box.write_file(name, text.encode())
+            kept = [box.snapshot()]
+            for n in range(nodes):
+                box.rollback(rng.choice(kept))
+                which = n % len(ACTIONS)
+                call = box.shell if ACTIONS[which][0] == "shell" else box.python
+                if call(ACTIONS[which][1]).status != 0:
+                    raise RuntimeError(f"an action of the search failed: {ACTIONS[which][1]}")
+                try:
+                    kept.append(box.snapshot())
+                except SnapshotIncomplete:
+                    refused[which] += 1
+    found = {f"refused_{ACTIONS[which][0]}_{which}": count for which, count in refused.items() if count}
+    return {"refused_share": sum(refused.values()) / (nodes * len(tasks)), **found}
 
 
 def search_by_copies(files: Any, module: str, rng: random.Random, nodes: int, room: Path) -> float:
@@ -333,7 +380,7 @@ GOALS = (
     ("bare interpreter: snapshot, p50", "bare_snapshot_ms_p50", "ms", "1"),
     ("bare interpreter: cold rollback, p50", "bare_rollback_ms_p50", "ms", "1"),
     ("64 branches of one snapshot, each", "fanout_ms", "ms", "2"),
-    ("memory that an idle snapshot holds", "idle_snapshot_mb", "MB", "2"),
+    ("memory that an idle snapshot holds once the guest has gone on", "idle_snapshot_mb", "MB", "2"),
     ("copying and starting again, in cold rollbacks", "vs_copy_restart", "x", "100 or more"),
     ("latency at depth 100 to that at depth 1", "depth100_ratio", "x", "2"),
 )
@@ -360,14 +407,21 @@ The next action's slow-down by think time: {thinks}. After no time at all the ac
 
 Copying and starting again: {copies}. A random tree search on generated coding tasks (go back, change the file, run the
 visible tests, keep) explores {figures["search_nodes_s_box"]:.1f} nodes a second in a box and
-{figures["search_nodes_s_copy"]:.1f} with full copies and fresh processes; the box refused
-{figures["refused_share"]:.0%} of the states.
+{figures["search_nodes_s_copy"]:.1f} with full copies and fresh processes. In a search that takes an agent's actions,
+each of {len(ACTIONS)} as often (pipes and redirections, numpy and pandas, files left open), the box refused
+{figures["refused_share"]:.0%} of the states: after {refusals(figures)}.
 
 ![Distributions of the operations' times, and the latency by depth](plot.png)
 
 Machine: {machine["cpu"]}, {machine["cores"]} cores, {machine["system"]}, ordinary scheduling. Python
 {versions["python"]}, numpy {versions["numpy"]}.
 """
+
+
+def refusals(figures: dict[str, float]) -> str:
+    """The actions after which states were refused."""
+    numbers = [int(name.rsplit("_", 1)[1]) for name in figures if name.startswith("refused_") and name[-1].isdigit()]
+    return "; ".join(f"`{ACTIONS[number][1]}`" for number in numbers) or "none"
 
 
 def picture(found: dict[str, Any], path: Path) -> None:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,9 +52,19 @@ def box(boxes_work: None, workspace: Path) -> Iterator[Box]:
 
 @pytest.fixture(autouse=True)
 def no_process_left() -> Iterator[None]:
-    """No test leaves a zombie or a child behind."""
+    """No test leaves a zombie or a child behind; a box that was merely forgotten takes a moment to end."""
     yield
-    listed = Path(f"/proc/self/task/{os.getpid()}/children")
-    for word in listed.read_text().split() if listed.exists() else ():
-        command = Path(f"/proc/{word}/cmdline")
-        assert b"espalier_box" not in (command.read_bytes() if command.exists() else b"")
+    end = time.monotonic() + 10
+    while (left := _boxes_below()) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not left
+
+
+def _boxes_below() -> list[str]:
+    found = []
+    for listed in Path("/proc/self/task").glob("*/children"):  # a child is its thread's
+        with contextlib.suppress(OSError):
+            found += [
+                w for w in listed.read_text().split() if b"espalier_box" in Path(f"/proc/{w}/cmdline").read_bytes()
+            ]
+    return found

@@ -81,6 +81,50 @@ def test_a_snapshot_of_an_unchanged_state_is_the_same_one(box: Box) -> None:
     assert box.snapshot().number != first.number
 
 
+def test_a_program_that_changed_nothing_leaves_the_snapshot_in_force(box: Box) -> None:
+    box.python("x = 1; import gc; gc.disable()")
+    here = box.snapshot()
+    for command in ("ls -R | sort > /dev/null", "cat a.txt; cd src; X=1; false", "kill -9 $$"):
+        before = box.stats()["processes"]
+        box.shell(command)
+        again = box.snapshot()
+        assert again.number == here.number and box.stats()["processes"] == before, command
+    box.rollback(again)
+    assert box.python("x").text == "1\n"
+    for command in ("echo more >> a.txt", "touch /tmp/new", "chmod 600 a.txt"):
+        box.shell(command)
+        again = box.snapshot()
+        assert again.number != here.number, command
+        here = again
+    box.python("pass")
+    assert box.snapshot().number != here.number
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import signal; signal.signal(signal.SIGWINCH, lambda *_: seen.append(1))",
+        "import signal; signal.signal(signal.SIGCHLD, lambda *_: seen.append(1))",
+        "import subprocess; old = subprocess.Popen.wait; "
+        "subprocess.Popen.wait = lambda *a, **k: (seen.append(1), old(*a, **k))[1]",
+        "import sys; sys.addaudithook(lambda event, _: event == 'subprocess.Popen' and seen.append(1))",
+        "import gc; gc.callbacks.append(lambda *_: seen.append(1)); gc.set_threshold(1)",
+        "import gc; gc.set_threshold(1)\nclass Cycle:\n    def __del__(self): seen.append(1)\n"
+        "gc.disable(); c = Cycle(); c.c = c; del c; gc.enable()",
+        "import os; r, w = os.pipe(); os.write(w, b'ab'); seen = type('', (), {'__len__': lambda s: 1})()",
+    ],
+)
+def test_what_a_program_set_off_in_the_interpreter_is_kept(box: Box, code: str) -> None:
+    box.python("seen = []")
+    assert box.python(code).status == 0
+    first = box.snapshot()
+    box.shell("kill -WINCH $PPID; sleep 0.1")
+    again = box.snapshot()
+    assert again.number != first.number
+    box.rollback(again)
+    assert box.python("len(seen) > 0").text == "True\n"
+
+
 def test_a_snapshot_that_was_let_go_and_made_again_stays(box: Box) -> None:
     box.python("x = 1")
     box.snapshot()  # nobody keeps it

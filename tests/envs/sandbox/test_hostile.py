@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import textwrap
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -154,26 +157,114 @@ def test_a_snapshot_without_room_is_refused_and_nothing_is_lost(boxes_work: None
         assert box.python("x").text == "10\n"
 
 
-def test_no_interpreter_is_lost_when_there_are_too_many_processes(boxes_work: None, workspace: Path) -> None:
-    with Box(workspace, Limits(pids=4, snapshots=4, spares=0)) as box:
+def test_processes_are_as_many_as_the_limit_says_and_none_that_snapshots_need(
+    boxes_work: None, workspace: Path
+) -> None:
+    grow = (
+        "import resource, subprocess\n"
+        "def grow():\n"
+        "    started = []\n"
+        "    try:\n        while True: started.append(subprocess.Popen(['sleep', '60']))\n"
+        "    except OSError: return len(started)\n"
+        "def more():\n"
+        "    hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]\n"
+        "    try: resource.setrlimit(resource.RLIMIT_NPROC, (hard, hard))\n"
+        "    except (OSError, ValueError): return 'refused'\n"
+    )
+    with Box(workspace, Limits(pids=4, snapshots=20)) as box:
         box.python("x = 1")
         first = box.snapshot()
         with box.branch(first) as other:
-            grow = (
-                "import subprocess, sys\ntry:\n    while True: subprocess.Popen(['sleep', '60'])\nexcept OSError: pass"
-            )
             other.python(grow)
+            assert other.python("grow()").text == "4\n"
+            assert other.python("more(), grow()").text == "('refused', 0)\n"
+            assert other.shell("ulimit -Su hard; ulimit -Su $(ulimit -Hu)").status != 0
             assert box.python("x = 2; x").text == "2\n"
-            with pytest.raises(SnapshotIncomplete, match="process"):
-                box.snapshot()
-            with pytest.raises(BoxError):
-                box.branch(first)
-            assert box.python("x").text == "2\n"
+            second = box.snapshot()
+            box.branch(first).close()
             box.rollback(first)
             assert box.python("x").text == "1\n"
+            box.rollback(second)
+        assert box.python("x").text == "2\n"
+
+
+def test_no_interpreter_is_lost_when_there_are_too_many_branches(boxes_work: None, workspace: Path) -> None:
+    with Box(workspace, Limits(pids=4, snapshots=4, spares=0)) as box, contextlib.ExitStack() as branches:
+        box.python("x = 1")
+        first = box.snapshot()
+        box.python("x = 2")
+        with pytest.raises(BoxError):
+            for _ in range(30):
+                branches.enter_context(box.branch(first))
+        with pytest.raises(SnapshotIncomplete, match="process"):
+            box.snapshot()
+        assert box.python("x").text == "2\n"
+        box.rollback(first)
         assert box.python("x").text == "1\n"
-        with box.branch(first) as other:
-            assert other.python("x").text == "1\n"
+
+
+def _until(true: Callable[[], bool]) -> bool:
+    end = time.monotonic() + 60
+    while not true() and time.monotonic() < end:
+        time.sleep(0.1)
+    return true()
+
+
+SPIN = "while True: pass"
+HOARD = "import time; held = [bytearray(b'x') * (30 << 20) for _ in range(3)]; time.sleep(600)"
+
+
+@pytest.mark.parametrize("code", [SPIN, HOARD])
+def test_what_a_call_leaves_running_is_bounded_between_calls(boxes_work: None, workspace: Path, code: str) -> None:
+    """Four processes of 90 MB each are over a limit of 300 MB only together."""
+    with Box(workspace, Limits(memory="300M", cpu_seconds=2, seconds=60)) as box:
+        box.python("x = 7")
+        alone = box.stats()["processes"]
+        box.shell("sleep 600 & sleep 600 & true")
+        start = f"for _ in range(4): subprocess.Popen([sys.executable, '-c', {code!r}])"
+        out = box.python(f"import subprocess, sys\n{start}")
+        assert not out.stopped and box.stats()["processes"] == alone + 6
+        assert _until(lambda: box.stats()["processes"] <= alone + 4)  # four of them stay as zombies of the interpreter
+        assert _until(lambda: "600" not in box.shell("cat /proc/*/cmdline | tr '\\0' ' '").text)
+        assert box.python("x").text == "7\n"
+
+
+def test_what_is_left_running_within_the_limits_stays(boxes_work: None, workspace: Path) -> None:
+    with Box(workspace, Limits(memory="300M", cpu_seconds=2)) as box:
+        alone = box.stats()["processes"]
+        box.shell("sleep 600 & true")
+        time.sleep(3)
+        assert box.stats()["processes"] == alone + 1
+
+
+def test_a_thread_that_spins_between_calls_costs_its_interpreter(boxes_work: None, workspace: Path) -> None:
+    with Box(workspace, Limits(cpu_seconds=2, seconds=60)) as box:
+        box.python("x = 7; open('kept', 'w').write('1')")
+        here = box.snapshot()
+        spin = "import threading\ndef spin():\n    while True: pass\nthreading.Thread(target=spin, daemon=True).start()"
+        box.python(spin)
+        guest = box.stats()["processes"]
+        assert _until(lambda: box.stats()["processes"] < guest)
+        with pytest.raises(BoxError, match="guest_gone"):
+            box.python("x")
+        assert box.python("open('kept').read()").text == "'1'\n"
+        box.rollback(here)
+        assert box.python("x").text == "7\n"
+
+
+def test_children_count_as_processor_time_when_they_have_ended(boxes_work: None, workspace: Path) -> None:
+    with Box(workspace, Limits(cpu_seconds=2, seconds=60)) as box:
+        burn = "while true; do timeout 0.1 sh -c 'while :; do :; done'; done"
+        assert box.shell(burn).stopped == "cpu"
+
+
+def test_guests_rank_below_who_made_them(box: Box) -> None:
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert int(box.shell("nice").text) == min(19, own + 5)
+    assert "not permitted" in box.python("import os; os.nice(-1)").text
+    group = Path("/proc/self/autogroup")
+    if group.exists() and group.read_text():
+        assert box.shell("cat /proc/self/autogroup").text.split()[-1] == str(min(19, own + 5))
 
 
 def test_as_many_snapshots_are_kept_as_the_limit_says(boxes_work: None, workspace: Path) -> None:
