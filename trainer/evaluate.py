@@ -195,7 +195,7 @@ def evaluate_config(
             "path": str(version.path),
             "base": config.policy.base,
         },
-        environment={"id": config.env.id, **config.env.kwargs},
+        environment={"id": config.env.id, **config.env.kwargs, **tasklists.chosen_here(config.env)},
         do_nothing=untouched,
         results=results,
     )
@@ -313,9 +313,11 @@ def _parts(task: Task, protocol: Protocol) -> list[Task]:
 def _engines(config: RunConfig) -> dict[str, str]:
     if config.env.id != tasklists.SPREADSHEET:
         return {}
-    from ..envs.spreadsheet.engines import engine_versions
+    from ..envs.spreadsheet.engines import ENGINES, engine_versions
 
-    return engine_versions()
+    used = dict(zip(("engine", "crosscheck"), ENGINES, strict=True)) | config.env.kwargs
+    names = [str(used[key]) for key in ("engine", "crosscheck") if used[key]]
+    return engine_versions(names, tasklists.chosen_here(config.env)["referee"])
 
 
 def _lines(report: EvalReport) -> list[str]:
