@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..configs.schema import RunConfig
+from ..rollouts.render import RenderError, make_renderer
 from ..rollouts.samplers.vllm_limits import INSTALL_VLLM
 from .placement import Needs, Placement, place
 from .shapes import Shape, find_model, find_shape
@@ -263,12 +264,18 @@ def _device(config: RunConfig) -> tuple[str, float]:
 def _missing(config: RunConfig, shape: Shape | None) -> list[Missing]:
     found: list[Missing] = []
     policy = config.policy
-    if find_model(policy.base) is None:
+    folder = find_model(policy.base)
+    if folder is None:
         found.append(missing_model(policy.base))
     elif shape is None:
         found.append(
             Missing(f"a memory plan: the sizes of {policy.base} are not known", "check that the card is large")
         )
+    if folder is not None:
+        try:
+            make_renderer(folder, thinking=config.episode.thinking)
+        except RenderError as error:
+            found.append(Missing(f"a chat template for episodes: {error}", "name another model in --policy.base"))
     if policy.device == "cuda" and not import_module("torch").cuda.is_available():
         found.append(Missing("CUDA: torch sees no GPU", "run on a machine with one (espalier doctor says more)"))
     if policy.quantization == "4bit" and find_spec("bitsandbytes") is None:

@@ -1,10 +1,12 @@
 import json
+import shutil
 
 import pytest
 from espalier.configs.load import load
 from espalier.configs.schema import LoraSection
 from espalier.trainer.plan import CACHE_TOKENS, LOGIT_TILE, expected_speed, make_plan, memory, placement_in, plan_text
 from espalier.trainer.shapes import KNOWN, find_model, find_shape, shape_of
+from espalier.trainer.shipped import SHIPPED
 from espalier.trainer.speed import find_card, sampled_limit, trained_limit
 
 SIZES = {
@@ -171,8 +173,18 @@ def test_a_model_is_there_only_with_all_its_weights(tmp_path):
     assert find_shape(str(folder)) == shape_of({**SIZES, "tie_word_embeddings": True})
 
 
+def test_a_template_that_cannot_be_used_is_said_before_anything_starts(tmp_path):
+    folder = model_folder(tmp_path)
+    (folder / "model.safetensors").write_bytes(b"x")
+    config = load("spreadsheet-tiny", ["--policy.base", str(folder)])
+    missing = [one.what for one in make_plan(config).missing]
+    assert any("chat template" in one and "tokenizer.json" in one for one in missing)
+
+
 def test_nothing_is_missing_where_everything_is_there(tmp_path):
     folder = model_folder(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(SHIPPED["tiny"][0] / name, folder)
     (folder / "model.safetensors").write_bytes(b"x")
     config = load("spreadsheet-tiny", ["--policy.base", str(folder)])
     plan = make_plan(config)
