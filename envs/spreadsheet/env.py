@@ -156,7 +156,8 @@ class SpreadsheetEnv(AgentEnv):
     ) -> tuple[Observation, dict[str, Any]]:
         """Start `options["task"]`, or a task drawn by the seeded generator; `options["evaluation"]`: grade every case.
 
-        Raises `EnvFailure` ("workbook_unreadable") when its workbook cannot be opened.
+        The info's "workbook_notes" say what was taken out of the workbook, if anything was. Raises `EnvFailure`
+        ("workbook_unreadable") when it cannot be opened.
         """
         super().reset(seed=seed)
         task = (options or {}).get("task")
@@ -168,7 +169,8 @@ class SpreadsheetEnv(AgentEnv):
         self.workspace.load(opened)
         self._task, self._over, self._turns = task, False, 0
         self._whole = bool((options or {}).get("evaluation")) or not self._options.stop_at_failure
-        return Observation((Message(role="user", content=self._opening(task, opened)),)), {"task": task}
+        info: dict[str, Any] = {"task": task, **({"workbook_notes": list(opened.notes)} if opened.notes else {})}
+        return Observation((Message(role="user", content=self._opening(task, opened)),)), info
 
     def _open(self, task: SpreadsheetTask) -> Opened:
         try:
