@@ -203,9 +203,9 @@ class _Tokens:
 def make_renderer(tokenizer_dir: Path, *, thinking: bool) -> ChatRenderer:
     """The renderer for the tokenizer in `tokenizer_dir` (tokenizer.json and a chat template).
 
-    Qwen3-style templates are recognised by their text; other families by the model id that a Hugging Face cache
-    folder carries. Raises `RenderError` for anything else: a template that cannot be extended turn by turn would have
-    to be re-tokenised.
+    Qwen3-style templates are recognised by their text, some families by the model id that a Hugging Face cache folder
+    carries; any other template is tried out (see `template`). Raises `RenderError` for one that cannot be extended turn
+    by turn: it would have to be re-tokenised.
     """
     file = tokenizer_dir / "tokenizer.json"
     if not file.is_file():
@@ -216,7 +216,7 @@ def make_renderer(tokenizer_dir: Path, *, thinking: bool) -> ChatRenderer:
     template = _chat_template(tokenizer_dir)
     if "<args-json-object>" in template and all(tokenizer.token_to_id(t) is not None for t in _QWEN3_TOKENS):
         return _qwen3(tokenizer, tokenizer_dir, template, thinking)
-    return _other(tokenizer, tokenizer_dir, thinking)
+    return _other(tokenizer, tokenizer_dir, template, thinking)
 
 
 def _qwen3(tokenizer: Tokenizer, folder: Path, template: str, thinking: bool) -> ChatRenderer:
@@ -237,26 +237,74 @@ def _qwen3(tokenizer: Tokenizer, folder: Path, template: str, thinking: bool) ->
     return ChatRenderer(Qwen3Renderer(tokens, config), tokens, _control_tokens(tokenizer))
 
 
-def _other(tokenizer: Tokenizer, folder: Path, thinking: bool) -> ChatRenderer:
-    from renderers import config_from_name, create_renderer
+def _other(tokenizer: Tokenizer, folder: Path, template: str, thinking: bool) -> ChatRenderer:
     from renderers.base import load_tokenizer
 
+    from .template import TemplateError, TemplateRenderer
+
+    if not template:
+        raise RenderError(f"{folder} holds no chat template; use an instruct model, or add its chat_template.jinja")
+    loaded = load_tokenizer(str(folder))
+    loaded.clean_up_tokenization_spaces = False  # a text is what its tokens say
     model = next((p.name[8:].replace("--", "/") for p in folder.resolve().parents if p.name.startswith("models--")), "")
     name = MODEL_RENDERER_MAP.get(model)
-    if name is None:
-        raise RenderError(
-            f"{folder}: neither a Qwen3-style chat template nor a model that the renderers package knows by its "
-            "Hugging Face name; its turns could only be re-tokenised, which training must not do"
-        )
+    try:
+        if name is not None:
+            renderer = _typed(loaded, name, thinking)
+        elif thinking and "enable_thinking" not in template:
+            raise TemplateError("has no thinking mode (set episode.thinking = false)")
+        else:
+            renderer = cast(Renderer, TemplateRenderer(loaded, thinking=thinking))
+    except (
+        TemplateError,
+        AssertionError,
+    ) as error:  # an assertion: the tokenizer lacks what the family's renderer needs
+        found = None if name is not None else _recognised(loaded, thinking)
+        if found is None:
+            raise RenderError(
+                f"{folder}: its chat template {error}, so it cannot be trained turn by turn; docs/vllm.md says which "
+                "models can"
+            ) from None
+        renderer = found
+    return ChatRenderer(renderer, loaded, _control_tokens(tokenizer))
+
+
+def _typed(loaded: Any, name: str, thinking: bool) -> Renderer:
+    """The renderer that the package has for a family. Raises what it raises where the tokenizer is another's."""
+    from renderers import config_from_name, create_renderer
+
+    from .template import TemplateError
+
     config = config_from_name(name)
     if "enable_thinking" in type(config).model_fields:
         config = type(config).model_validate(
             {**config.model_dump(exclude_unset=True), "name": config.name, "enable_thinking": thinking}
         )
     elif thinking:
-        raise RenderError(f"{model} has no thinking switch; set episode.thinking = false")
-    loaded = load_tokenizer(str(folder))
-    return ChatRenderer(create_renderer(loaded, config), loaded, _control_tokens(tokenizer))
+        raise TemplateError("has no thinking switch (set episode.thinking = false)")
+    return create_renderer(loaded, config)
+
+
+def _recognised(loaded: Any, thinking: bool) -> Renderer | None:
+    """The family's renderer that writes a few conversations to the token as the tokenizer's own template does."""
+    from .template import PROBES
+
+    for name in sorted(set(MODEL_RENDERER_MAP.values())):
+        try:
+            renderer = _typed(loaded, name, thinking)
+            for messages, tools in PROBES:
+                whole = loaded.apply_chat_template(
+                    messages, tools=tools, tokenize=True, return_dict=False, add_generation_prompt=True,
+                    enable_thinking=thinking,
+                )  # fmt: skip
+                made = renderer.render(cast(Any, messages), tools=cast(Any, tools), add_generation_prompt=True)
+                if list(whole) != made.token_ids:
+                    break
+            else:
+                return renderer
+        except Exception:  # another family's: it misses a token, or its template refuses a role
+            continue
+    return None
 
 
 def _control_tokens(tokenizer: Tokenizer) -> list[str]:

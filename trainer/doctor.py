@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,13 +20,12 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from ..envs.sandbox.survey import survey
+from ..envs.spreadsheet.engines import EngineError
+from ..envs.spreadsheet.engines.libreoffice import find_libreoffice
 from ..rollouts.samplers.vllm_limits import CPU_INDEX, INSTALL_VLLM
 from .shipped import SHIPPED
 
 Status = Literal["ok", "warn", "bad"]
-
-LIBREOFFICE_AT_LEAST = (24, 8)
-"""Older ones lack XLOOKUP, LET and FILTER."""
 
 _LOW_DISK_GB = 5
 _LOW_MEMORY_GB = 4
@@ -185,17 +182,12 @@ def _disk(folder: Path) -> Finding:
 
 def _libreoffice() -> Finding:
     """The optional referee between recalculation engines."""
-    mend = "install LibreOffice 24.8 or newer (Debian: apt install libreoffice-calc-nogui); optional"
-    program = shutil.which("soffice") or shutil.which("libreoffice")
-    if program is None:
-        return Finding("LibreOffice", "warn", "not installed: disagreements between engines are not settled", mend)
-    said = _run(program, "--version")
-    found = re.search(r"(\d+)\.(\d+)", said)
-    if found is None:
-        return Finding("LibreOffice", "warn", f"{program} does not say its version: {said[:80]!r}", mend)
-    if (int(found[1]), int(found[2])) < LIBREOFFICE_AT_LEAST:
-        return Finding("LibreOffice", "warn", f"{found[0]} lacks XLOOKUP, LET and FILTER", mend)
-    return Finding("LibreOffice", "ok", said.splitlines()[0][:80])
+    try:
+        path, version = find_libreoffice()
+    except EngineError as error:
+        mend = "install LibreOffice 24.8 or newer (Debian: apt install libreoffice-calc-nogui); optional"
+        return Finding("LibreOffice", "warn", f"disagreements between engines are not settled: {error}", mend)
+    return Finding("LibreOffice", "ok", f"{version} ({path}), settles what the engines disagree on")
 
 
 def _sandbox() -> Iterator[Finding]:
@@ -212,15 +204,6 @@ def _sandbox() -> Iterator[Finding]:
     for name in ("user_namespaces", "overlay", "landlock", "cgroup", "criu"):
         if detail := getattr(found, name):
             yield Finding(f"sandbox: {name.replace('_', ' ')}", "ok", detail)
-
-
-def _run(*command: str) -> str:
-    """Output of a short command, both streams, or what went wrong."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return _short(error)
-    return (done.stdout + done.stderr).strip()
 
 
 def _short(error: BaseException) -> str:

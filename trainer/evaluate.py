@@ -71,6 +71,7 @@ class EvalReport:
     tasks: int
     cases: int
     dropped: Mapping[str, str]
+    noted: Mapping[str, str]
     engines: Mapping[str, str]
     protocol: Protocol
     policy: Mapping[str, Any]
@@ -187,6 +188,7 @@ def evaluate_config(
         tasks=len(data.tasks),
         cases=sum(len(task.cases) if isinstance(task, SpreadsheetTask) else 1 for task in data.tasks),
         dropped=data.dropped,
+        noted=data.noted,
         engines=_engines(config),
         protocol=protocol,
         policy={
@@ -195,7 +197,7 @@ def evaluate_config(
             "path": str(version.path),
             "base": config.policy.base,
         },
-        environment={"id": config.env.id, **config.env.kwargs},
+        environment={"id": config.env.id, **config.env.kwargs, **tasklists.chosen_here(config.env)},
         do_nothing=untouched,
         results=results,
     )
@@ -281,6 +283,7 @@ class _Data:
     sha256: str
     tasks: Sequence[Task]
     dropped: Mapping[str, str]
+    noted: Mapping[str, str]
 
 
 def _load_data(config: RunConfig, source: str | None) -> _Data:
@@ -290,7 +293,7 @@ def _load_data(config: RunConfig, source: str | None) -> _Data:
         if source is not None:
             raise UserError(f"{section.id} makes its own tasks; --tasks works with {tasklists.SPREADSHEET}")
         own = tasklists.load(section, "test", config.seed, config.eval.tasks)
-        return _Data(f"{section.id} test", hashlib.sha256(repr(own).encode()).hexdigest(), own, {})
+        return _Data(f"{section.id} test", hashlib.sha256(repr(own).encode()).hexdigest(), own, {}, {})
     from ..envs.spreadsheet.datasets import DatasetError, load_tasks
 
     try:
@@ -300,7 +303,10 @@ def _load_data(config: RunConfig, source: str | None) -> _Data:
             found = load_tasks(source, split="all", seed=config.seed, count=10**9)
     except DatasetError as error:
         raise UserError(str(error)) from error
-    return _Data(found.name, found.sha256, list(found), dict(found.dropped))
+    noted: dict[str, str] = {}
+    for task, note in found.notes:
+        noted[task] = f"{noted[task]}; {note}" if task in noted else note
+    return _Data(found.name, found.sha256, list(found), dict(found.dropped), noted)
 
 
 def _parts(task: Task, protocol: Protocol) -> list[Task]:
@@ -313,9 +319,11 @@ def _parts(task: Task, protocol: Protocol) -> list[Task]:
 def _engines(config: RunConfig) -> dict[str, str]:
     if config.env.id != tasklists.SPREADSHEET:
         return {}
-    from ..envs.spreadsheet.engines import engine_versions
+    from ..envs.spreadsheet.engines import ENGINES, engine_versions
 
-    return engine_versions()
+    used = dict(zip(("engine", "crosscheck"), ENGINES, strict=True)) | config.env.kwargs
+    names = [str(used[key]) for key in ("engine", "crosscheck") if used[key]]
+    return engine_versions(names, tasklists.chosen_here(config.env)["referee"])
 
 
 def _lines(report: EvalReport) -> list[str]:
@@ -325,6 +333,8 @@ def _lines(report: EvalReport) -> list[str]:
         f"data       {report.dataset}: {report.tasks} tasks{workbooks} (sha256 {report.sha256[:16]})",
         f"left out   {len(report.dropped)} tasks",
         *(f"             {task}: {why}" for task, why in report.dropped.items()),
+        *([f"noted      {len(report.noted)} tasks"] if report.noted else []),
+        *(f"             {task}: {note}" for task, note in report.noted.items()),
         *([f"engines    {engines}", f"protocol   {report.protocol}"] if engines else []),
         f"policy     {policy['base']}, version {policy['version']} (sha256 {policy['digest'][:16]})",
         f"nothing    hard {report.do_nothing.hard:.1%}, soft {report.do_nothing.soft:.1%}"

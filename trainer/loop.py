@@ -160,6 +160,8 @@ def collect(config: RunConfig, *, episodes: int | None = None, on_event: Listene
 
 def write_config(folder: Path, config: RunConfig) -> None:
     """The resolved configuration, where `inspect`, `export` and `report` look for it."""
+    kwargs = {**config.env.kwargs, **tasklists.chosen_here(config.env)}
+    config = config.model_copy(update={"env": config.env.model_copy(update={"kwargs": kwargs})})
     try:
         (folder / "config.json").write_text(config.model_dump_json(indent=1) + "\n", encoding="utf-8")
     except OSError as error:

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..configs.schema import RunConfig
+from ..rollouts.render import RenderError, make_renderer
 from ..rollouts.samplers.vllm_limits import INSTALL_VLLM
 from .placement import Needs, Placement, place
 from .shapes import Shape, find_model, find_shape
@@ -109,9 +110,9 @@ def expected_speed(config: RunConfig, shape: Shape, device: str) -> str:
     if card is None:
         return ""
     length, slots = config.episode.max_tokens // 2, config.sampler.slots
-    weights = float(BYTES[config.sampler.dtype]) * shape.parameters()
+    weights = float(BYTES[config.sampler.dtype]) * shape.active_parameters()
     sampled = sampled_limit(card, weights, float(length * _kv_bytes(config, shape)), slots)
-    trained = trained_limit(card, shape.parameters(), config.policy.gradient_checkpointing)
+    trained = trained_limit(card, shape.active_parameters(), config.policy.gradient_checkpointing)
     return (
         f"{card.name}: at most {sampled:,.0f} sampled tokens a second (its memory's bandwidth, {slots} episodes of "
         f"{length:,} tokens) and about {trained:,.0f} trained ({UTILISATION:.0%} of its operations)"
@@ -234,12 +235,13 @@ def _activations(config: RunConfig, shape: Shape, tokens: int, width: int) -> Pa
     """Tensors kept for backward.
 
     A token in one block keeps, in elements: 5 hidden (two norms' in- and outputs, the sum), 3 query and 5 key/value
-    widths (before and after norm and rope, attention's output), 4 intermediate (gate, up, activation, product).
+    widths (before and after norm and rope, attention's output), 4 intermediate (gate, up, activation, product; in a
+    mixture, of each chosen expert).
     Counted as in Korthikanti et al. 2022 (arXiv 2205.05198, section 4), for a gated MLP and an attention that never
     stores its matrix. With checkpointing: one hidden a block, and one block in full.
     """
     q, kv = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-    block = 5 * shape.hidden_size + 3 * q + 5 * kv + 4 * shape.intermediate_size
+    block = 5 * shape.hidden_size + 3 * q + 5 * kv + 4 * shape.mlp_width()
     layers = shape.num_hidden_layers
     if config.policy.gradient_checkpointing:
         elements, how = layers * shape.hidden_size + block, f"{layers} x {shape.hidden_size} + {block:,}"
@@ -262,10 +264,18 @@ def _device(config: RunConfig) -> tuple[str, float]:
 def _missing(config: RunConfig, shape: Shape | None) -> list[Missing]:
     found: list[Missing] = []
     policy = config.policy
-    if find_model(policy.base) is None:
+    folder = find_model(policy.base)
+    if folder is None:
         found.append(missing_model(policy.base))
     elif shape is None:
-        found.append(Missing(f"a memory plan: {policy.base} is not shaped like Qwen3", "check that the card is large"))
+        found.append(
+            Missing(f"a memory plan: the sizes of {policy.base} are not known", "check that the card is large")
+        )
+    if folder is not None:
+        try:
+            make_renderer(folder, thinking=config.episode.thinking)
+        except RenderError as error:
+            found.append(Missing(f"a chat template for episodes: {error}", "name another model in --policy.base"))
     if policy.device == "cuda" and not import_module("torch").cuda.is_available():
         found.append(Missing("CUDA: torch sees no GPU", "run on a machine with one (espalier doctor says more)"))
     if policy.quantization == "4bit" and find_spec("bitsandbytes") is None:

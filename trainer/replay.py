@@ -115,7 +115,7 @@ def _data_set(source: str, seed: int, count: int) -> Mapping[str, SpreadsheetTas
 
 
 def _constructor(section: EnvSection, task: SpreadsheetTask) -> dict[str, Any]:
-    return {"tasks": [task], "tools": list(section.tools), "terse": section.terse}
+    return {"tasks": [task], "tools": list(section.tools), "terse": section.terse, "referee": "none"}
 
 
 def _calls(records: tuple[dict[str, Any], ...]) -> tuple[ToolCall, ...]:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from ..configs.schema import EnvSection
 from ..envs.core import Task
+from .errors import UserError
 
 SPREADSHEET = "espalier/Spreadsheet-v0"
 CODE_SANDBOX = "espalier/CodeSandbox-v0"
@@ -39,10 +40,24 @@ def load(section: EnvSection, split: Literal["train", "test"], seed: int, count:
 
 
 def environment_options(section: EnvSection, tasks: Sequence[Task]) -> dict[str, Any]:
-    """What the environment's constructor gets besides `section.kwargs`."""
-    if section.id in (SPREADSHEET, CODE_SANDBOX):
-        return {"tasks": list(tasks), "tools": list(section.tools), "terse": section.terse}
-    return {}
+    """What the environment's constructor gets besides `section.kwargs`, and in place of some. Raises `UserError`."""
+    if section.id not in (SPREADSHEET, CODE_SANDBOX):
+        return {}
+    return {"tasks": list(tasks), "tools": list(section.tools), "terse": section.terse, **chosen_here(section)}
+
+
+def chosen_here(section: EnvSection) -> dict[str, str]:
+    """Of `section.kwargs`, what depends on this machine, as it was chosen: a run's record and the operation graph name
+    the referee with its version. Raises `UserError`.
+    """
+    if section.id != SPREADSHEET:
+        return {}
+    from ..envs.spreadsheet.engines import EngineError, choose_referee
+
+    try:
+        return {"referee": choose_referee(str(section.kwargs.get("referee", "auto")))}
+    except (EngineError, ValueError) as error:
+        raise UserError(f"env.kwargs.referee: {error}") from error
 
 
 def draw(

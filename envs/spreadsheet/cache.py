@@ -52,10 +52,10 @@ def _size(opened: Opened) -> int:
 
 
 def _open(engine: Engine, package: bytes) -> Opened:
-    checked = check_package(package).data
-    book = engine.open(checked)
+    checked = check_package(package)
+    book = engine.open(checked.data)
     sheets = tuple((info.name, used_rect(book, info.name), info.state) for info in book.sheets())
-    return Opened(checked, book.snapshot(), sheets, {})
+    return Opened(checked.data, book.snapshot(), sheets, {}, checked.notes)
 
 
 _SHARED = BookCache()

@@ -52,8 +52,11 @@ def code_interpreter(
         )
     note = _status(result, space)
     if result.package is not None and result.package != before:
-        changed = _take_back(space, result.package)
-        note += f"[data.xlsx: {changed} cells changed]" if changed else "[data.xlsx: nothing changed]"
+        changed, notes = _take_back(space, result.package)
+        note += "; ".join(
+            (f"[data.xlsx: {changed} cells changed" if changed else "[data.xlsx: nothing changed", *notes)
+        )
+        note += "]"
     text = result.output.rstrip("\n")
     return f"{text}\n{note}" if text and note else text or note or "(no output)"
 
@@ -67,10 +70,11 @@ def _status(result: CodeResult, space: Workspace) -> str:
     return f"[exit status {result.status}] " if result.status else ""
 
 
-def _take_back(space: Workspace, package: bytes) -> int:
-    """Commit what differs between the workbook and `package`; how many cells that is."""
+def _take_back(space: Workspace, package: bytes) -> tuple[int, list[str]]:
+    """Commit what differs between the workbook and `package`; how many cells that is, and what else is to be said."""
     try:
-        after = space.engine.open(check_package(package).data)
+        checked = check_package(package)
+        after = space.engine.open(checked.data)
     except (PackageError, EngineError) as error:
         raise mistake(
             "bad_workbook",
@@ -82,7 +86,7 @@ def _take_back(space: Workspace, package: bytes) -> int:
         raise mistake("too_many_cells", f"the code changed {changed} cells; at most {MAX_CHANGED} are taken over")
     if edits:
         space.commit(edits[0] if len(edits) == 1 else Batch(tuple(edits)))
-    return changed
+    return changed, [note for note in checked.notes if note not in space.notes]
 
 
 def differences(before: Book, after: Book) -> tuple[list[Edit], int]:

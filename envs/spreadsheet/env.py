@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from ..core import Action, AgentEnv, EnvFailure, Message, Observation, Snapshot
 from ..spaces import ActionSpace, ObservationSpace
@@ -23,7 +23,7 @@ from .cache import BookCache, shared_cache
 from .coding import CODING
 from .edits import Edit
 from .ending import ENDING
-from .engines import get_engine
+from .engines import choose_referee, get_engine
 from .engines.base import EngineError
 from .filling import FILLING
 from .formatting import FORMATTING
@@ -64,7 +64,7 @@ class _Options:
     terse: bool
     engine: str
     crosscheck: str | None
-    referee: str | None
+    referee: str
     show_answer_position: bool
     show_sheets: bool
     perturbed: bool
@@ -81,10 +81,12 @@ class SpreadsheetEnv(AgentEnv):
     `tools`: names of those offered (empty: all); `terse`: shortest schemas. `perturbed`: edits are replayed on every
     case (hard), else the first one decides; `stop_at_failure`: cases after a failed one are not graded, except in an
     evaluation (the reward is the same, "soft" becomes a lower bound, and training saves time).
-    `referee="libreoffice"` settles answer cells on which `engine` and `crosscheck` disagree. `max_turns`: turns after
-    which an episode is truncated, and graded as it stands (None: no limit here). `code_isolation`: how
-    code_interpreter is held in; where it cannot be, the tool refuses (see `interpreter`).
-    Raises `ValueError` for an unknown tool or engine, `EngineError` for a referee that is not installed.
+    `referee`: who settles answer cells on which `engine` and `crosscheck` disagree: "libreoffice", "none", "auto"
+    (LibreOffice 24.8 or newer where it is installed), or "libreoffice 25.2.3.2", that version only; it changes no
+    verdict that the two agree on. `max_turns`: turns after which an episode is truncated, and graded as it stands
+    (None: no limit here). `code_isolation`: how code_interpreter is held in; where it cannot be, the tool refuses (see
+    `interpreter`).
+    Raises `ValueError` for an unknown tool, engine or referee, `EngineError` for a referee that is not installed.
     """
 
     metadata = {"render_modes": []}  # noqa: RUF012  (Gymnasium's own way)
@@ -99,7 +101,7 @@ class SpreadsheetEnv(AgentEnv):
         terse: bool = False,
         engine: str = "ironcalc",
         crosscheck: str | None = "formualizer",
-        referee: Literal["libreoffice"] | None = None,
+        referee: str = "auto",
         show_answer_position: bool = True,
         show_sheets: bool = True,
         perturbed: bool = True,
@@ -122,6 +124,7 @@ class SpreadsheetEnv(AgentEnv):
         self.tasks = tasks
         self.terse = terse
         limits = CodeLimits(seconds=code_seconds, memory_mb=code_memory_mb)
+        referee = choose_referee(referee)
         self._options = _Options(
             tuple(tools), terse, engine, crosscheck, referee, show_answer_position, show_sheets, perturbed,
             stop_at_failure, max_turns, code_isolation, limits,
@@ -153,7 +156,8 @@ class SpreadsheetEnv(AgentEnv):
     ) -> tuple[Observation, dict[str, Any]]:
         """Start `options["task"]`, or a task drawn by the seeded generator; `options["evaluation"]`: grade every case.
 
-        Raises `EnvFailure` ("workbook_unreadable") when its workbook cannot be opened.
+        The info's "workbook_notes" say what was taken out of the workbook, if anything was. Raises `EnvFailure`
+        ("workbook_unreadable") when it cannot be opened.
         """
         super().reset(seed=seed)
         task = (options or {}).get("task")
@@ -165,7 +169,8 @@ class SpreadsheetEnv(AgentEnv):
         self.workspace.load(opened)
         self._task, self._over, self._turns = task, False, 0
         self._whole = bool((options or {}).get("evaluation")) or not self._options.stop_at_failure
-        return Observation((Message(role="user", content=self._opening(task, opened)),)), {"task": task}
+        info: dict[str, Any] = {"task": task, **({"workbook_notes": list(opened.notes)} if opened.notes else {})}
+        return Observation((Message(role="user", content=self._opening(task, opened)),)), info
 
     def _open(self, task: SpreadsheetTask) -> Opened:
         try:
@@ -266,7 +271,7 @@ def _like(env: SpreadsheetEnv) -> SpreadsheetEnv:
         terse=options.terse,
         engine=options.engine,
         crosscheck=options.crosscheck,
-        referee="libreoffice" if options.referee else None,
+        referee=options.referee,
         show_answer_position=options.show_answer_position,
         show_sheets=options.show_sheets,
         perturbed=options.perturbed,

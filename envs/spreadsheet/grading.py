@@ -13,7 +13,9 @@ import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from threading import Lock
 from xml.etree.ElementTree import ParseError
 
 from .answers import BadAnswerPosition, normalise, parse_answer_position, same
@@ -199,27 +201,48 @@ def grade(
     `check`: the second opinion (None: `engine` alone decides). `referee` with `export` (the live book as a package):
     asked only about cells on which the two differ.
     """
-    asked = {engine.name: engine.version}
-    values = answers(book, golden)
-    disputed: set[CellKey] = set()
+    return _decide(_compare(book, golden, engine, check), golden, referee, export)
+
+
+@dataclass(frozen=True, slots=True)
+class _Opinions:
+    """Values by the engine and by the second one, the cells on which they differ, and who was asked."""
+
+    first: dict[CellKey, Comparable]
+    second: Mapping[CellKey, Comparable]
+    disputed: set[CellKey]
+    asked: dict[str, str]
+
+
+def _compare(book: Book, golden: Mapping[CellKey, Comparable], engine: Engine, check: CrossCheck | None) -> _Opinions:
+    found = _Opinions(answers(book, golden), {}, set(), {engine.name: engine.version})
     contents = book_contents(book) if check is not None else {}
     computed = _computed(book, golden, contents)
-    if check is not None and computed:
-        asked[check.engine.name] = check.engine.version
-        try:
-            second: Mapping[CellKey, Comparable] = check.answers(book, computed, contents)
-        except EngineError:
-            second = {}
-        for key in computed:
-            lacking = _unsupported(values[key], golden[key], contents.get(key), check.start.get(key))
-            if lacking or _differ(values, second, key):
-                disputed.add(key)
-        if disputed and referee is not None and export is not None:
-            asked[referee.name] = referee.version
-            disputed -= _settle(values, second, disputed, referee, export)
+    if check is None or not computed:
+        return found
+    with suppress(EngineError):
+        found = replace(found, second=check.answers(book, computed, contents))
+    found.asked[check.engine.name] = check.engine.version
+    for key in computed:
+        lacking = _unsupported(found.first[key], golden[key], contents.get(key), check.start.get(key))
+        if lacking or _differ(found.first, found.second, key):
+            found.disputed.add(key)
+    return found
+
+
+def _decide(
+    found: _Opinions,
+    golden: Mapping[CellKey, Comparable],
+    referee: Referee | None,
+    export: Callable[[], bytes] | None,
+) -> Verdict:
+    values, disputed = found.first, found.disputed
+    if disputed and referee is not None and export is not None:
+        found.asked[referee.name] = referee.version
+        disputed = disputed - _settle(values, found.second, disputed, referee, export)
     wrong = [key for key, value in golden.items() if key not in disputed and not same(values[key], value)]
     passed = None if disputed else not wrong
-    return Verdict(passed, len(wrong), len(golden), asked, tuple(sorted(disputed)))
+    return Verdict(passed, len(wrong), len(golden), found.asked, tuple(sorted(disputed)))
 
 
 def _computed(book: Book, keys: Collection[CellKey], contents: Mapping[CellKey, Content]) -> list[CellKey]:
@@ -295,7 +318,8 @@ def cached_values(package: bytes, keys: Collection[CellKey]) -> dict[CellKey, Co
 class Grader:
     """Grades books of many tasks, keeping the last `capacity` cross-checks open (least recently used go first).
 
-    Not thread-safe: one a worker. `crosscheck` and `referee` may be None.
+    Thread-safe: cross-checks are used one at a time, and nobody waits for another's referee. `crosscheck` and
+    `referee` may be None.
     """
 
     engine: Engine
@@ -303,6 +327,7 @@ class Grader:
     referee: Referee | None = None
     capacity: int = 64
     _checks: OrderedDict[str, CrossCheck] = field(default_factory=OrderedDict, repr=False)
+    _lock: Lock = field(default_factory=Lock, repr=False)
 
     def grade(
         self,
@@ -318,11 +343,12 @@ class Grader:
 
         `start` gives the starting book when a package is first met (None: it is opened).
         """
-        check = self._check(package, start, digest) if self.crosscheck is not None else None
-        verdict = grade(book, golden, engine=self.engine, check=check, referee=self.referee, export=export)
-        if check is not None and check.spent:
-            self._checks.pop(digest or _digest(package), None)
-        return verdict
+        with self._lock:
+            check = self._check(package, start, digest)
+            found = _compare(book, golden, self.engine, check)
+            if check is not None and check.spent:
+                self._checks.pop(digest or _digest(package), None)
+        return _decide(found, golden, self.referee, export)
 
     def _check(self, package: bytes, start: Callable[[], Book] | None, digest: str | None) -> CrossCheck | None:
         if self.crosscheck is None:

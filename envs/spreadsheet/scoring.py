@@ -31,8 +31,8 @@ Score = tuple[float, dict[str, Any]]
 
 
 class _Shared:
-    """What all environments of one process with the same engines share: the open cross-checks, used one at a time,
-    and the scores given so far, those used longest ago going first.
+    """What all environments of one process with the same engines share: the grader with its open cross-checks, and
+    the scores given so far, those used longest ago going first.
     """
 
     def __init__(self, grader: Grader) -> None:
@@ -55,10 +55,9 @@ class _Shared:
 
 
 @lru_cache(maxsize=8)
-def _shared(engine: str, crosscheck: str | None, referee: str | None) -> _Shared:
+def _shared(engine: str, crosscheck: str | None, referee: str) -> _Shared:
     second = get_engine(crosscheck) if crosscheck is not None else None
-    third = get_referee(referee) if referee is not None else None
-    return _Shared(Grader(get_engine(engine), second, third, KEPT))
+    return _Shared(Grader(get_engine(engine), second, get_referee(referee), KEPT))
 
 
 class Scorer:
@@ -69,7 +68,7 @@ class Scorer:
         engine: Engine,
         cache: BookCache,
         crosscheck: str | None,
-        referee: str | None,
+        referee: str,
         perturbed: bool,
     ) -> None:
         self._engine = engine
@@ -126,15 +125,14 @@ class Scorer:
         return self._verdict(case, other)
 
     def _verdict(self, case: Case, space: Workspace) -> Verdict:
-        with self._shared.lock:
-            return self._shared.grader.grade(
-                space.book,
-                case.package,
-                case.golden,
-                start=lambda: self._start(case),
-                digest=case.digest,
-                export=space.export,
-            )
+        return self._shared.grader.grade(
+            space.book,
+            case.package,
+            case.golden,
+            start=lambda: self._start(case),
+            digest=case.digest,
+            export=space.export,
+        )
 
     def _start(self, case: Case) -> Book:
         return self._engine.restore(self._cache.get(self._engine, case).snapshot)

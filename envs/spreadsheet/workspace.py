@@ -35,13 +35,15 @@ class Opened:
     """A starting workbook, shared by the episodes that start from it.
 
     `package`: its checked bytes; `snapshot`: the engine's state; `sheets`: (name, used rectangle, visibility) in order;
-    `formats`: number formats by cell, filled as cells are seen.
+    `formats`: number formats by cell, filled as cells are seen; `notes`: what was taken out of the package, in
+    sentences.
     """
 
     package: bytes
     snapshot: bytes
     sheets: tuple[tuple[str, Rect | None, str], ...]
     formats: dict[tuple[str, int, int], str]
+    notes: tuple[str, ...] = ()
 
 
 class Workspace:
@@ -67,6 +69,11 @@ class Workspace:
         if self._book is None:
             raise RuntimeError("no workbook is open")
         return self._book
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was noted of the starting package."""
+        return () if self._start is None else self._start.notes
 
     def load(
         self, start: Opened, state: bytes | None = None, journal: tuple[Edit, ...] = (), history: str = ""

@@ -23,8 +23,9 @@ from typing import Any
 
 import _bench
 import openpyxl
-from espalier.envs.spreadsheet.engines import EngineError, get_engine, get_referee
+from espalier.envs.spreadsheet.engines import EngineError, get_engine
 from espalier.envs.spreadsheet.engines.base import Book, Referee, StoredFormula
+from espalier.envs.spreadsheet.engines.libreoffice import LibreOffice
 from espalier.envs.spreadsheet.export import export_package
 from espalier.envs.spreadsheet.grading import Grader, cached_values, golden_values, normalise, same
 
@@ -152,7 +153,7 @@ def agreement(tasks: list[Any], quick: bool) -> dict[str, Any]:
     ironcalc, formualizer = get_engine("ironcalc"), get_engine("formualizer")
     referee: Referee | None = None
     try:
-        referee = there = get_referee()
+        referee = there = LibreOffice()
         said = f"LibreOffice {there.version}"
     except EngineError as missing:
         said = str(missing)

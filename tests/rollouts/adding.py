@@ -26,8 +26,14 @@ def chat_template(name: str = "qwen3") -> str:
     return (Path(spec.submodule_search_locations[0]) / "chat_templates" / f"{name}.jinja").read_text("utf-8")
 
 
-def write_tokenizer(folder: Path, template: str = "qwen3") -> Path:
-    """A byte-level BPE with Qwen3's special tokens and template."""
+def write_tokenizer(
+    folder: Path,
+    template: str = "qwen3",
+    special: Sequence[str] = SPECIAL,
+    markup: Sequence[str] = MARKUP,
+    **named: str,
+) -> Path:
+    """A byte-level BPE with a model's template and its special tokens (Qwen3's), `named` among them."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -35,12 +41,13 @@ def write_tokenizer(folder: Path, template: str = "qwen3") -> Path:
         vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     tokenizer.train_from_iterator(['{"name": "add", "arguments": {"n": 1}} user assistant system total'] * 5, trainer)
-    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in SPECIAL])
-    tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t in MARKUP])
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
+    tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t in markup])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(chat_template(template), encoding="utf-8")
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    named = named or {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **named}
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
 

@@ -1,13 +1,16 @@
 import json
+import shutil
 
 import pytest
 from espalier.configs.load import load
 from espalier.configs.schema import LoraSection
 from espalier.trainer.plan import CACHE_TOKENS, LOGIT_TILE, expected_speed, make_plan, memory, placement_in, plan_text
 from espalier.trainer.shapes import KNOWN, find_model, find_shape, shape_of
+from espalier.trainer.shipped import SHIPPED
 from espalier.trainer.speed import find_card, sampled_limit, trained_limit
 
 SIZES = {
+    "model_type": "qwen3",
     "hidden_size": 64,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
@@ -18,30 +21,72 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_parameters_are_those_of_the_real_model(tied):
-    torch = pytest.importorskip("torch")
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+FAMILIES = {
+    "Qwen3": {"attention_bias": True},
+    "Qwen2": {"tie_word_embeddings": True},
+    "Llama": {"attention_bias": True, "mlp_bias": True},
+    "Mistral": {},
+    "Gemma": {},
+    "Gemma2": {},
+    "Gemma3": {},
+    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40},
+    "Mixtral": {"num_local_experts": 4},
+}
+MIXED = {**FAMILIES["Qwen3Moe"], "num_hidden_layers": 7, "decoder_sparse_step": 2, "mlp_only_layers": [3]}
+MODELS = [*FAMILIES.items(), ("Qwen3", {"tie_word_embeddings": True}), ("Qwen3Moe", MIXED)]
 
+
+def real(family, more):
+    """A model of the family's own class without memory, and its config.json."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    config = getattr(transformers, f"{family}{'TextConfig' if family == 'Gemma3' else 'Config'}")(
+        **{name: value for name, value in {**SIZES, **more}.items() if name != "model_type"}
+    )
     with torch.device("meta"):
-        model = Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=tied))
-    shape = shape_of({**SIZES, "tie_word_embeddings": tied})
-    assert shape.parameters() == sum(p.numel() for p in model.parameters())
+        return getattr(transformers, f"{family}ForCausalLM")(config), json.loads(config.to_json_string(use_diff=False))
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "down_proj")])
-def test_lora_parameters_are_pefts(targets):
-    torch = pytest.importorskip("torch")
+@pytest.mark.parametrize(("family", "more"), MODELS)
+def test_parameters_are_those_of_the_real_model(family, more):
+    model, said = real(family, more)
+    assert shape_of(said).parameters() == sum(p.numel() for p in model.parameters())
+
+
+def test_what_a_config_of_the_hub_leaves_out():
+    """Gemma's ties its tables unsaid; Qwen3-MoE's names its experts otherwise than a newly written one."""
+    gemma, mixture = (real(family, FAMILIES[family]) for family in ("Gemma", "Qwen3Moe"))
+    said = {name: value for name, value in gemma[1].items() if name != "tie_word_embeddings"}
+    assert shape_of(said).parameters() == sum(p.numel() for p in gemma[0].parameters())
+    said = {name: value for name, value in mixture[1].items() if name != "num_local_experts"}
+    assert shape_of({**said, "num_experts": 4}).parameters() == sum(p.numel() for p in mixture[0].parameters())
+    with pytest.raises(KeyError):
+        shape_of({**SIZES, "model_type": "falcon"})
+
+
+@pytest.mark.parametrize(("family", "more"), MODELS)
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "down_proj"), ("gate_proj", "up_proj", "o_proj")])
+def test_lora_parameters_are_pefts(family, more, targets):
+    pytest.importorskip("peft")
     from peft import LoraConfig, get_peft_model
-    from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    with torch.device("meta"):
-        model = Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=True))
-        wanted = targets if isinstance(targets, str) else list(targets)
-        adapted = get_peft_model(model, LoraConfig(r=8, target_modules=wanted, task_type="CAUSAL_LM"))
+    model, said = real(family, more)
+    wanted = targets if isinstance(targets, str) else list(targets)
+    adapted = get_peft_model(model, LoraConfig(r=8, target_modules=wanted, task_type="CAUSAL_LM"))
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    shape = shape_of({**SIZES, "tie_word_embeddings": True})
-    assert shape.lora_parameters(LoraSection(rank=8, target_modules=targets)) == trained
+    assert shape_of(said).lora_parameters(LoraSection(rank=8, target_modules=targets)) == trained
+
+
+def test_a_mixture_counts_every_expert_in_memory_and_the_chosen_ones_in_speed():
+    sizes = {
+        "model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 6144, "vocab_size": 151936,
+        "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+    }  # fmt: skip
+    shape = shape_of(sizes)
+    assert shape.parameters() / 1e9 == pytest.approx(30.5, abs=0.1)  # Qwen3-30B-A3B, as published
+    assert shape.active_parameters() / 1e9 == pytest.approx(3.3, abs=0.1)
+    base, *_ = memory(load("spreadsheet-qwen3-4b", []), shape)
+    assert base.bytes > 2 * 30e9
 
 
 def test_the_published_models_have_their_published_sizes():
@@ -128,8 +173,18 @@ def test_a_model_is_there_only_with_all_its_weights(tmp_path):
     assert find_shape(str(folder)) == shape_of({**SIZES, "tie_word_embeddings": True})
 
 
+def test_a_template_that_cannot_be_used_is_said_before_anything_starts(tmp_path):
+    folder = model_folder(tmp_path)
+    (folder / "model.safetensors").write_bytes(b"x")
+    config = load("spreadsheet-tiny", ["--policy.base", str(folder)])
+    missing = [one.what for one in make_plan(config).missing]
+    assert any("chat template" in one and "tokenizer.json" in one for one in missing)
+
+
 def test_nothing_is_missing_where_everything_is_there(tmp_path):
     folder = model_folder(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(SHIPPED["tiny"][0] / name, folder)
     (folder / "model.safetensors").write_bytes(b"x")
     config = load("spreadsheet-tiny", ["--policy.base", str(folder)])
     plan = make_plan(config)

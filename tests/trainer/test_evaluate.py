@@ -7,17 +7,20 @@ from pathlib import Path
 
 import pytest
 import toy
-from espalier.configs.schema import RunConfig
+from espalier.configs.schema import EnvSection, RunConfig
 from espalier.envs.core import EnvFailure, Observation, Task
 from espalier.rollouts.envpool import ThreadEnvPool
+from espalier.rollouts.graph.identity import identity
+from espalier.rollouts.recipe import env_recipe
 from espalier.rollouts.render import make_renderer
 from espalier.rollouts.runner import RolloutRunner
 from espalier.rollouts.samplers.scripted import Fail, Say, ScriptedSampler
 from espalier.rollouts.store import TrajectoryStore
 from espalier.rollouts.types import PolicyVersion
 from espalier.trainer.errors import UserError
-from espalier.trainer.evaluate import do_nothing, evaluate, evaluate_tasks, find_policy
+from espalier.trainer.evaluate import _engines, do_nothing, evaluate, evaluate_tasks, find_policy
 from espalier.trainer.statistics import wilson
+from espalier.trainer.tasks import environment_options
 
 TASKS = [Task(f"t{i}", "", "ab"[i % 2]) for i in range(8)]
 
@@ -172,6 +175,25 @@ def test_other_mistakes_are_one_sentence(toy_base, tmp_path):
     sheets = toy_config(toy_base, out=tmp_path, env={"id": "espalier/Spreadsheet-v0"})
     with pytest.raises(UserError, match="nothing at"):
         evaluate(sheets, tasks=str(tmp_path / "nothing"))
+
+
+def test_the_engines_named_are_those_that_are_asked(monkeypatch, tmp_path):
+    section = EnvSection(kwargs={"stop_at_failure": True})
+    program = tmp_path / "soffice"
+    program.write_text("#!/bin/sh\necho LibreOffice 25.2.3.2\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    asked = _engines(RunConfig(env=section))
+    assert list(asked) == ["ironcalc", "formualizer", "libreoffice"] and asked["libreoffice"] == "25.2.3.2"
+    with_it = environment_options(section, [])
+    monkeypatch.setenv("PATH", "/nowhere")
+    without = environment_options(section, [])
+    assert (with_it["referee"], without["referee"]) == ("libreoffice 25.2.3.2", "none")
+    names = [identity(env_recipe(section, **options), terse=False) for options in (with_it, without)]
+    assert names[0] != names[1]  # the operation graph never takes the one's outcomes for the other's
+    assert list(_engines(RunConfig(env=EnvSection(kwargs={"crosscheck": None})))) == ["ironcalc"]
+    with pytest.raises(UserError, match=r"env\.kwargs\.referee: LibreOffice is not installed"):
+        environment_options(EnvSection(kwargs={"referee": "libreoffice"}), [])
 
 
 @pytest.mark.parametrize(

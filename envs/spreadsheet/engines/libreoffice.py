@@ -16,10 +16,13 @@ import signal
 import subprocess
 import tempfile
 import time
+import weakref
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
+from uuid import uuid4
 
 from .base import EngineError
 
@@ -45,20 +48,28 @@ _SETTINGS = """<?xml version="1.0" encoding="UTF-8"?>
 
 
 def find_libreoffice(binary: str | None = None) -> tuple[str, str]:
-    """Path and version of LibreOffice. Raises `EngineError`, one sentence, when it is missing or older than 24.8."""
+    """Path and version of LibreOffice, which is asked for it once a process. Raises `EngineError`, one sentence, when
+    it is missing or older than 24.8.
+    """
     path = shutil.which(binary) if binary else shutil.which("soffice") or shutil.which("libreoffice")
     if path is None:
         raise EngineError(f"LibreOffice is not installed ({binary or 'soffice'} was not found); install 24.8 or newer")
-    try:
-        done = subprocess.run([path, "--version"], capture_output=True, timeout=_START_SECONDS, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise EngineError(f"{path} does not say its version: {error}") from None
-    match = re.search(r"(\d+)\.(\d+)(?:\.\d+)*", done.stdout.decode(errors="replace"))
+    match = re.search(r"(\d+)\.(\d+)(?:\.\d+)*", _said_version(path))
     if match is None:
-        raise EngineError(f"{path} does not say its version; is it LibreOffice?")
+        raise EngineError(f"{path} does not say its version; is it LibreOffice 24.8 or newer?")
     if (int(match[1]), int(match[2])) < MIN_VERSION:
         raise EngineError(f"LibreOffice {match[0]} is too old: it lacks XLOOKUP, LET and FILTER; install 24.8 or newer")
     return path, match[0]
+
+
+@lru_cache(maxsize=8)
+def _said_version(path: str) -> str:
+    """What a program says of its version; empty where it cannot be started."""
+    try:
+        done = subprocess.run([path, "--version"], capture_output=True, timeout=_START_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.decode(errors="replace")
 
 
 @dataclass
@@ -74,6 +85,7 @@ class _Seat:
 class LibreOffice:
     """A pool of at most `processes` LibreOffice processes. Thread-safe. Use it as a context manager, or `close` it.
 
+    Nothing is started, and no file is made, before the first workbook; what is left at the end of this process goes.
     `timeout` (seconds) bounds one document and the wait for a free seat each.
     """
 
@@ -90,7 +102,8 @@ class LibreOffice:
 
     def __post_init__(self) -> None:
         self._path, self._version = find_libreoffice(self.binary)
-        self._root = Path(tempfile.mkdtemp(prefix="espalier-office-"))
+        self._root = Path(tempfile.gettempdir()) / f"espalier-office-{uuid4().hex}"
+        weakref.finalize(self, shutil.rmtree, self._root, ignore_errors=True)
         self._free = queue.Queue(self.processes)
         self._seats = [_Seat(self._root / f"profile{i}") for i in range(self.processes)]
         for seat in self._seats:
@@ -136,6 +149,8 @@ class LibreOffice:
         self.close()
 
     def _convert(self, seat: _Seat, package: bytes) -> bytes:
+        assert self._root is not None
+        self._root.mkdir(mode=0o700, exist_ok=True)
         self._prepare(seat)
         with tempfile.TemporaryDirectory(dir=self._root) as work:
             source, target = Path(work) / "book.xlsx", Path(work) / "out"

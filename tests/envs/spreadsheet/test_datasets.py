@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from espalier.configs.schema import RunConfig
 from espalier.envs.spreadsheet import datasets as module
 from espalier.envs.spreadsheet.datasets import ALREADY_PASSES, DatasetError, load_tasks
+from espalier.envs.spreadsheet.env import SpreadsheetEnv
 from espalier.envs.spreadsheet.families import generate, solution_package
+from espalier.trainer.evaluate import EvalReport, Untouched, _load_data
 
 SMALL = ("38985", "17251", "37609", "57105", "32255", "31202", "290-27", "79-7")
 """Of the 20 real tasks, some whose workbooks are small."""
@@ -147,6 +153,39 @@ def test_tasks_that_pass_already_are_left_out_of_training_only(folder, tmp_path)
     # one case that does not pass is enough to keep it
     shutil.copy(folder / "spreadsheet" / victim / f"2_{victim}_input.xlsx", copied / "spreadsheet" / victim)
     assert victim in load_tasks(copied, split="train", seed=0, count=9).ids
+
+
+def with_macros(package: bytes) -> bytes:
+    out = io.BytesIO(package)
+    with zipfile.ZipFile(out, "a") as archive:
+        archive.writestr("xl/vbaProject.bin", b"macro")
+    return out.getvalue()
+
+
+def test_what_is_taken_out_of_a_workbook_is_said(folder, tmp_path):
+    copied = shutil.copytree(folder, tmp_path / "copy")
+    for name in ("1_1_input.xlsx", "2_1_answer.xlsx"):
+        file = copied / "spreadsheet" / "1" / name
+        file.write_bytes(with_macros(file.read_bytes()))
+    tasks = load_tasks(copied, split="all", seed=0, count=9)
+    said = ("1_1_input.xlsx: macros were removed", "2_1_answer.xlsx: macros were removed")
+    assert tasks.dropped == () and tasks.notes == tuple(("1", note) for note in said)
+    assert load_tasks(folder, split="all", seed=0, count=9).notes == ()
+    found = _load_data(RunConfig(), str(copied))
+    report = EvalReport(
+        "set", "0" * 64, 4, 12, found.dropped, found.noted, {}, "solution_once_apply_3",
+        {"base": "b", "version": 0, "digest": "d"}, {}, Untouched(0, 0.0, 0.0, 0), (),
+    )  # fmt: skip
+    assert report.to_json()["noted"] == {"1": "; ".join(said)}
+    assert f"noted      1 tasks\n             1: {'; '.join(said)}" in report.text()
+
+
+def test_an_environment_says_what_was_taken_out_of_a_task_s_workbook(folder):
+    task = load_tasks(folder, split="all", seed=0, count=9)[0]
+    case = replace(task.cases[0], package=with_macros(task.cases[0].package))
+    for one, said in ((task, None), (replace(task, cases=(case,)), ["macros were removed"])):
+        _, info = SpreadsheetEnv([one], tools=["submit"]).reset(seed=0)
+        assert info.get("workbook_notes") == said
 
 
 def edit_rows(folder: Path, change) -> None:

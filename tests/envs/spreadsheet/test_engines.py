@@ -1,5 +1,6 @@
 """Engines: one protocol, literal text, snapshots, pinned clocks, budgets, processes that may die."""
 
+import gc
 import io
 import stat
 import subprocess
@@ -11,7 +12,7 @@ from datetime import UTC, datetime
 import openpyxl
 import psutil
 import pytest
-from espalier.envs.spreadsheet.engines import CellError, EngineError, engine_versions, get_engine, get_referee
+from espalier.envs.spreadsheet.engines import CellError, EngineError, choose_referee, engine_versions, get_engine
 from espalier.envs.spreadsheet.engines.base import StoredFormula
 from espalier.envs.spreadsheet.engines.formualizer import write_cached_values
 from espalier.envs.spreadsheet.engines.guard import Guard
@@ -62,7 +63,7 @@ def test_names_and_versions(engine):
     with pytest.raises(ValueError, match="ironcalc, formualizer"):
         get_engine("excel")
     with pytest.raises(ValueError, match="libreoffice"):
-        get_referee("excel")
+        choose_referee("excel")
 
 
 def test_asking_for_an_engine_imports_no_other():
@@ -574,6 +575,18 @@ def test_pool_answers_with_a_profile_that_forbids_macros(stand_in):
         settings_file = next(pool._root.rglob("registrymodifications.xcu")).read_text()
     assert "MacroSecurityLevel" in settings_file and "OOXMLRecalcMode" in settings_file
     assert pool._root is None
+
+
+def test_a_pool_makes_nothing_before_it_is_used_and_leaves_nothing(stand_in, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "t"))
+    (tmp_path / "t").mkdir()
+    pool = LibreOffice(stand_in)
+    assert not list((tmp_path / "t").iterdir())
+    pool.recalculate(b"a")
+    assert list((tmp_path / "t").iterdir())
+    del pool
+    gc.collect()
+    assert not list((tmp_path / "t").iterdir())
 
 
 def test_pool_kills_a_hang_with_everything_it_started(stand_in):

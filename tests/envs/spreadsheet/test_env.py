@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import espalier.envs
@@ -18,8 +19,9 @@ import gymnasium
 import pytest
 from espalier.envs.check import check_agent_env
 from espalier.envs.core import Action, EnvFailure, ToolCall, capabilities
+from espalier.envs.spreadsheet import scoring
 from espalier.envs.spreadsheet.cache import BookCache
-from espalier.envs.spreadsheet.engines import get_engine
+from espalier.envs.spreadsheet.engines import EngineError, get_engine
 from espalier.envs.spreadsheet.env import TOOLS, SpreadsheetEnv
 from espalier.envs.spreadsheet.grading import Grader, Verdict
 from espalier.envs.spreadsheet.scoring import Scorer
@@ -238,11 +240,110 @@ def test_doing_nothing_and_saying_so_ends_the_episode_with_zero(drive) -> None:
 
 def test_engines_that_disagree_give_no_verdict(drive) -> None:
     """IronCalc computes REDUCE with LAMBDA, formualizer does not, and there is no referee."""
-    _, reward, terminated, _, info = solve(drive(), "=REDUCE(0,C4:C6,LAMBDA(a,b,a+b))")
+    _, reward, terminated, _, info = solve(drive(referee="none"), "=REDUCE(0,C4:C6,LAMBDA(a,b,a+b))")
     assert terminated and math.isnan(reward)
     assert "disagree" in info["ungraded"] and None in info["cases"]
     _, reward, _, _, info = solve(drive(crosscheck=None), "=REDUCE(0,C4:C6,LAMBDA(a,b,a+b))")
     assert reward == 1.0 and "ungraded" not in info
+
+
+def put_office(monkeypatch, folder: Path, version: str) -> Path:
+    """A program with LibreOffice's command line on PATH, which sums C4:C6 into Data!C8; the log of what it was given to
+    recalculate.
+    """
+    log, program = folder / "log", folder / "soffice"
+    program.write_text(
+        f"""#!{sys.executable}
+import sys
+from pathlib import Path
+if "--version" in sys.argv:
+    print("LibreOffice {version} 520")
+    sys.exit()
+import openpyxl
+with open({str(log)!r}, "a") as log:
+    log.write("x")
+book = openpyxl.load_workbook(sys.argv[-1])
+sheet = book["Data"]
+sheet["C8"] = sum(sheet[cell].value for cell in ("C4", "C5", "C6"))
+out = Path(sys.argv[sys.argv.index("--outdir") + 1])
+out.mkdir()
+book.save(out / "book.xlsx")
+"""
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    scoring._shared.cache_clear()  # a process keeps the referee it has found
+    return log
+
+
+def test_libreoffice_settles_what_the_engines_disagree_on_and_nothing_else(drive, monkeypatch, tmp_path) -> None:
+    """Where it is installed, nobody has to ask for it; a disagreement is what starts it."""
+    log = put_office(monkeypatch, tmp_path, "25.2.3.2")
+    _, reward, _, _, info = solve(drive(), "=SUM(C4:C6)")
+    assert reward == 1.0 and all("libreoffice" not in verdict.engines for verdict in info["verdict"])
+    _, reward, _, _, info = solve(drive(), "=SUM(C4:C5)")
+    assert reward == 0.0 and not log.exists()
+    _, reward, _, _, info = solve(drive(), "=REDUCE(0,C4:C6,LAMBDA(a,b,a+b))")
+    assert reward == 1.0 and log.read_text() == "xx"  # once a case
+    assert [verdict.engines["libreoffice"] for verdict in info["verdict"]] == ["25.2.3.2"] * 2
+    _, reward, _, _, _ = solve(drive(referee="none"), "=REDUCE(0,C4:C6,LAMBDA(a,b,a+b))")
+    assert math.isnan(reward) and log.read_text() == "xx"
+
+
+def test_a_branch_keeps_the_referee_that_was_chosen(drive, monkeypatch, tmp_path) -> None:
+    put_office(monkeypatch, tmp_path, "25.2.3.2")
+    call = drive()
+    here = call.env.snapshot()
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(EngineError, match="not installed"):
+        drive(referee="libreoffice")
+    assert call.env._options.referee == "libreoffice 25.2.3.2"
+    with pytest.raises(EnvFailure, match="other options"):
+        drive().env.rollback(here)  # nothing is found now, so that is another environment
+
+
+def test_a_libreoffice_that_will_not_do_is_left_alone(drive, monkeypatch, tmp_path) -> None:
+    log = put_office(monkeypatch, tmp_path, "7.4.7.2")
+    _, reward, _, _, _ = solve(drive(), "=REDUCE(0,C4:C6,LAMBDA(a,b,a+b))")
+    assert math.isnan(reward) and not log.exists()
+    for wanted, error, said in (
+        ("libreoffice", EngineError, "7.4.7.2 is too old"),
+        ("libreoffice 25.2.3.2", EngineError, "too old"),
+        ("excel", ValueError, '"auto", "libreoffice" or "none"'),
+    ):
+        with pytest.raises(error, match=said):
+            drive(referee=wanted)
+
+
+def test_a_referee_of_another_version_is_not_taken_for_the_one_wanted(drive, monkeypatch, tmp_path) -> None:
+    put_office(monkeypatch, tmp_path, "24.8.1.1")
+    with pytest.raises(EngineError, match=r'"libreoffice 25\.2\.3\.2", but LibreOffice 24\.8\.1\.1'):
+        drive(referee="libreoffice 25.2.3.2")
+
+
+def test_nobody_waits_for_another_s_referee(drive, monkeypatch) -> None:
+    """While one episode's disagreement is settled, another is graded."""
+    began, go_on = Event(), Event()
+
+    class Slow:
+        name, version = "libreoffice", "1"
+
+        def recalculate(self, package: bytes) -> bytes:
+            began.set()
+            assert go_on.wait(60)
+            raise EngineError("no opinion")
+
+    monkeypatch.setattr(scoring, "get_referee", lambda wanted: Slow())
+    slow, quick = (drive(referee="libreoffice slow") for _ in range(2))
+    with ThreadPoolExecutor(2) as threads:
+        try:
+            disputed = threads.submit(solve, slow, "=REDUCE(1,C4:C6,LAMBDA(a,b,a+b))-1")
+            assert began.wait(60)
+            assert threads.submit(solve, quick, "=SUM(C4:C6)*1").result(60)[1] == 1.0
+            assert not disputed.done()
+        finally:
+            go_on.set()
+        assert math.isnan(disputed.result(60)[1])
 
 
 def test_a_turn_limit_truncates_and_grades(drive) -> None:
@@ -505,6 +606,6 @@ def test_no_verdict_is_never_remembered(drive, monkeypatch) -> None:
 def test_a_scorer_that_forgot_the_perturbed_cases_would_be_seen(drive) -> None:
     """Negative control: without the replay the pasted value passes."""
     call = drive()
-    call.env._scorer = Scorer(get_engine(), call.env._cache, None, None, perturbed=False)
+    call.env._scorer = Scorer(get_engine(), call.env._cache, None, "none", perturbed=False)
     _, reward, _, _, _ = solve(call, None, 22)
     assert reward == 1.0

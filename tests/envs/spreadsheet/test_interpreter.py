@@ -190,6 +190,19 @@ def test_where_isolation_fails_the_tool_refuses_and_says_why(drive, monkeypatch:
     assert answer["code"] == "unavailable" and answer["retryable"] is False and "root" in answer["message"]
 
 
+def test_macros_that_the_code_put_in_are_left_out_and_it_is_told(isolated: None, drive) -> None:
+    code = """
+import openpyxl, zipfile
+book = openpyxl.load_workbook('data.xlsx')
+book['Data']['C8'] = 5
+book.save('data.xlsx')
+with zipfile.ZipFile('data.xlsx', 'a') as archive:
+    archive.writestr('xl/vbaProject.bin', b'macro')
+"""
+    answer = drive(code_seconds=60.0)("code_interpreter", code=code)
+    assert answer == "[data.xlsx: 1 cells changed; macros were removed]"
+
+
 def test_what_the_code_does_to_the_workbook_becomes_edits(isolated: None, drive) -> None:
     call = drive(code_seconds=60.0)
     code = """
