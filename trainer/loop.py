@@ -32,7 +32,7 @@ from .resume import refuse_changes
 from .rollout_side import RolloutSide, open_rollouts
 from .rounds import ReplaySource, batch_source, describe, grown
 from .run import Run, RunResult
-from .runs import COLLECTED, claim, clear
+from .runs import claim, clear, read_run
 
 Listener = Callable[[Row], None]
 SourceMaker = Callable[[RunConfig, RolloutSide, Sequence[Task], Progress], BatchSource]
@@ -81,10 +81,12 @@ def train_claimed(
         stack.enter_context(_said_in_one_sentence())
         stack.enter_context(_torch(config.trainer.threads))
         if not resume:
-            clear(folder, replays=from_trajectories is not None)
+            clear(folder)
         checkpoint = CheckpointStore(folder / "checkpoints").newest() if resume else None
         if checkpoint is not None:
             refuse_changes(folder, checkpoint.state["config"], config)
+        elif resume:
+            refuse_changes(folder, read_run(folder).config.model_dump(mode="json"), _settled(config))
         progress = checkpoint.progress if checkpoint else Progress()
         recorder = Recorder(folder, config, on_event, progress.metrics_bytes)
         stack.callback(recorder.close)
@@ -150,7 +152,7 @@ def collect(config: RunConfig, *, episodes: int | None = None, on_event: Listene
         if on_event is not None:
             on_event({"kind": "phase", "phase": "sampling", "time": time.time()})
         started = time.perf_counter()
-        specs = [GroupSpec(f"{config.name}/{COLLECTED}-{begun}/{i}", task, size) for i, task in enumerate(drawn)]
+        specs = [GroupSpec(f"{config.name}/collect-{begun}/{i}", task, size) for i, task in enumerate(drawn)]
         groups = side.groups(specs, version.number)
         trees = {"branching": grown(groups)} if config.branching.roots else {}
         numbers = {**describe(groups), **trees, **side.graph_figures()}
@@ -158,10 +160,15 @@ def collect(config: RunConfig, *, episodes: int | None = None, on_event: Listene
         return {"version": version.number, **numbers, "seconds": seconds, "tok_s": numbers["sampled_tokens"] / seconds}
 
 
+def _settled(config: RunConfig) -> RunConfig:
+    """`config` with what this machine chose for the environment."""
+    kwargs = {**config.env.kwargs, **tasklists.chosen_here(config.env)}
+    return config.model_copy(update={"env": config.env.model_copy(update={"kwargs": kwargs})})
+
+
 def write_config(folder: Path, config: RunConfig) -> None:
     """The resolved configuration, where `inspect`, `export` and `report` look for it."""
-    kwargs = {**config.env.kwargs, **tasklists.chosen_here(config.env)}
-    config = config.model_copy(update={"env": config.env.model_copy(update={"kwargs": kwargs})})
+    config = _settled(config)
     try:
         (folder / "config.json").write_text(config.model_dump_json(indent=1) + "\n", encoding="utf-8")
     except OSError as error:

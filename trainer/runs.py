@@ -25,9 +25,6 @@ from .errors import UserError
 Row = dict[str, Any]
 """One line of metrics.jsonl; `kind` says what stands in it: "train", "eval", "alarm", "phase"."""
 
-COLLECTED = "collect"
-"""How the groups that `rollout` samples are called, behind the run's name and before a number."""
-
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -100,7 +97,7 @@ def _read_rows(path: Path) -> tuple[list[Row], bool]:
 def claim(folder: Path, *, resume: bool) -> Iterator[None]:
     """Hold a run folder for writing.
 
-    A new run takes a folder that holds none, or one that failed before its first step ended (see `clear`). Raises
+    A new run takes a folder that holds none, or one that failed before it sampled anything (see `clear`). Raises
     `UserError` when it holds a run already or another process has it.
     """
     try:
@@ -124,7 +121,7 @@ def claim(folder: Path, *, resume: bool) -> Iterator[None]:
 
 
 def _holds_work(folder: Path) -> bool:
-    """Whether a run was trained for a step here, or `rollout` collected trajectories."""
+    """Whether a run was trained for a step here, or sampled anything."""
     rows, _ = _read_rows(folder / "metrics.jsonl")
     if any(row["kind"] == "train" for row in rows):
         return True
@@ -132,15 +129,13 @@ def _holds_work(folder: Path) -> bool:
         return False
     store = TrajectoryStore(folder / "trajectories", readonly=True)
     try:
-        return any(f"/{COLLECTED}-" in group for group in store.group_ids())
+        return bool(store.group_ids())
     finally:
         store.close()
 
 
-def clear(folder: Path, *, replays: bool) -> None:
-    """Remove what a run that failed before its first step ended left in a folder that is claimed; a run that replays
-    may read its trajectories.
-    """
-    for part in ("checkpoints", "policies", *([] if replays else ["trajectories"])):
+def clear(folder: Path) -> None:
+    """Remove what a run that failed before it sampled anything left in a folder that is claimed."""
+    for part in ("checkpoints", "policies"):
         if (folder / part).is_dir():
             shutil.rmtree(folder / part)

@@ -246,17 +246,24 @@ def test_a_run_that_did_no_step_does_not_block_the_corrected_command(whole, toy_
     assert adapters(mine, toy_base) == adapters(folder, toy_base)
 
 
-def test_what_a_first_step_sampled_before_it_failed_is_not_trained_on_by_the_corrected_run(
+def test_what_a_first_step_sampled_before_it_failed_is_neither_removed_nor_trained_on_by_another_configuration(
     whole, toy_base, tmp_path, monkeypatch
 ):
     folder, _, _ = whole
     with monkeypatch.context() as broken:
         broken.setattr("espalier.trainer.grpo.trainer.OnlineGRPOTrainer.training_step", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            train(toy.run_config(toy_base, tmp_path, sampling={"temperature": 2.0}))
+            train(toy.run_config(toy_base, tmp_path, trainer={"steps": 5}))
     with TrajectoryStoreOf(tmp_path / "toy") as store:
-        assert len(store)
-    train(toy.run_config(toy_base, tmp_path, trainer={"steps": 5}))
+        sampled = store.ids()
+    hotter = toy.run_config(toy_base, tmp_path, trainer={"steps": 5}, sampling={"temperature": 2.0})
+    with pytest.raises(UserError, match="already holds a run"):
+        train(hotter)
+    with pytest.raises(UserError, match=r"sampling\.temperature = 1\.0 became 2\.0"):
+        train(hotter, resume=True)
+    train(toy.run_config(toy_base, tmp_path, trainer={"steps": 5}), resume=True)
+    with TrajectoryStoreOf(tmp_path / "toy") as store:
+        assert sampled and store.ids()[: len(sampled)] == sampled
     assert timeless(tmp_path / "toy") == timeless(folder)
 
 
