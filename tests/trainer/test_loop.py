@@ -402,7 +402,7 @@ def test_learning(toy_base, tmp_path):
     config = toy.run_config(
         toy_base,
         tmp_path,
-        trainer={"steps": 12, "groups": 8, "group_size": 8, "learning_rate": 2e-2},
+        trainer={"steps": 60, "groups": 8, "group_size": 8, "learning_rate": 5e-3},
         eval={"tasks": 100, "every": 0, "greedy": False},
     )
     result = train(config)
