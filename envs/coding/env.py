@@ -4,7 +4,7 @@ Always true: an episode starts from a state that depends on the task alone (a ro
 1.0 exactly when every hidden test passes, else 0.0; what breaks on our side is an `EnvFailure`. `state_digest` is the
 digest of the history (task, and calls that may have changed something): equal histories of deterministic programs have
 equal states. A shell command that writes no file and leaves no process is undone, so it changes nothing. A turn in
-which a limit of time or memory was met says so (`info["unrepeatable"]`).
+which a limit of time or memory was met, or that names a clock or chance, says so (`info["unrepeatable"]`).
 """
 
 from __future__ import annotations
@@ -161,6 +161,8 @@ class CodeSandboxEnv(AgentEnv):
             reward = self._grade(info)
         if desk.stopped or info.get("tests_stopped"):
             info["unrepeatable"] = "a limit was met: " + ", ".join(desk.stopped or ["time"])
+        elif desk.varying:
+            info["unrepeatable"] = "may go otherwise next time: " + ", ".join(desk.varying)
         return Observation(result.messages), reward, terminated, truncated, info
 
     def _only_reads(self, call: ToolCall) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, NoReturn
 
@@ -20,22 +21,37 @@ MOST_EDITED = 4 << 20
 Path = Annotated[str, Field(min_length=1, max_length=4096, examples=["notes.txt"], description="Below /workspace.")]
 Text = Annotated[str, Field(max_length=500_000, examples=["x = 1\n"])]
 
+_VARYING = re.compile(
+    r"\b(?:date|time|datetime|perf_counter|uptime|ps|top|free|df|vmstat|getpid|hostname|mktemp|tempfile|random|urandom"
+    r"|RANDOM|secrets|uuid\w*|shuf|stat|st_mtime|getmtime|ls\s+-\w*l\w*)\b|\$\$|\bid\("
+)
+"""What names a clock, chance, or this machine's state in a command or in code; too much rather than too little."""
+
+_TOOK = re.compile(
+    r"(\b\d+ (?:passed|failed|errors?|skipped|deselected|xfailed|xpassed|warnings?)\b[^\n]*? in"
+    r"|\bno tests ran in|\bRan \d+ tests? in) \d+\.\d+s"
+)
+"""How long tests took, which is another time each time: shown as 0.00s."""
+
 
 @dataclass
 class Desk:
     """What the tools work on: the box of the episode, and how long a call may take. `stopped`: limits that were met;
-    `undone`: commands that only looked, so that the box is as it was before them.
+    `varying`: words of the calls by which the same calls may go otherwise next time; `undone`: commands that only
+    looked, so that the box is as it was before them.
     """
 
     box: Box
     seconds: float
     stopped: list[str] = field(default_factory=list)
+    varying: list[str] = field(default_factory=list)
     undone: int = 0
 
     def shell(self, command: str) -> Output:
         """Run a command; one that writes no file and leaves no process is undone, so that it has changed nothing, in
         the interpreter neither.
         """
+        self.varying += _VARYING.findall(command)
         before = self._here()
         out = self.box.shell(command, seconds=self.seconds)
         if before is not None and not out.stopped and not out.restarted and not self.box.changed():
@@ -57,7 +73,8 @@ def _mistake(code: str, message: str, hint: str | None = None, field: str | None
 
 
 def _told(out: Output, desk: Desk) -> str:
-    text = out.text if len(out.text) <= MOST_TEXT else out.text[:MOST_TEXT] + "\n... (cut)"
+    text = _TOOK.sub(r"\1 0.00s", out.text)
+    text = text if len(text) <= MOST_TEXT else text[:MOST_TEXT] + "\n... (cut)"
     notes = []
     if out.cut:
         notes.append(f"[{out.cut} more bytes of output were dropped]")
@@ -98,6 +115,7 @@ def shell(desk: Desk, command: Annotated[str, Field(min_length=1, max_length=50_
 @tool(effect="writes", blocking=True, other_names=("ipython", "exec", "run_python"), aliases={"source": "code"})
 def python(desk: Desk, code: Annotated[str, Field(min_length=1, max_length=50_000, examples=["1 + 1"])]) -> str:
     """Run Python in an interpreter that stays: variables and imports are kept. The last expression's value is shown."""
+    desk.varying += _VARYING.findall(code)
     return _told(desk.box.python(code, seconds=desk.seconds), desk)
 
 

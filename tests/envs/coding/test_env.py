@@ -435,3 +435,30 @@ os.chdir("/tmp")"""
     assert "(0, '/tmp')" in str(do(env, "python", code="len(count), os.getcwd()"))
     do(env, "shell", command="echo 1 > /tmp/x")
     assert "(1, '/tmp')" in str(do(env, "python", code="len(count), os.getcwd()"))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "varies"),
+    [
+        ("shell", {"command": "date +%N"}, True),
+        ("shell", {"command": "ls -la"}, True),
+        ("shell", {"command": "echo $$"}, True),
+        ("python", {"code": "import time; time.time()"}, True),
+        ("python", {"code": "import random; random.random()"}, True),
+        ("shell", {"command": "ls && cat work.py"}, False),
+        ("python", {"code": "update = [1]; update"}, False),
+    ],
+)
+def test_a_call_that_names_a_clock_or_chance_is_not_kept_for_others(name, arguments, varies):
+    env = CodeSandboxEnv([TASK])
+    env.reset(seed=0)
+    *_, info = env.step(Action("", (ToolCall(name, arguments),)))
+    assert ("unrepeatable" in info) == varies
+
+
+def test_how_long_tests_took_is_not_shown():
+    env = CodeSandboxEnv([TASK])
+    env.reset(seed=0)
+    do(env, "write_file", path="test_slow.py", content="import time\n\n\ndef test_it():\n    time.sleep(0.2)\n")
+    answer, *_ = do(env, "shell", command="python3 -m pytest -q test_slow.py")
+    assert "1 passed in 0.00s" in answer
