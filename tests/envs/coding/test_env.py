@@ -449,16 +449,12 @@ os.chdir("/tmp")"""
         ("python", {"code": "update = [1]; update"}, False),
     ],
 )
-def test_a_call_that_names_a_clock_or_chance_is_not_kept_for_others(name, arguments, varies):
-    env = CodeSandboxEnv([TASK])
-    env.reset(seed=0)
+def test_a_call_that_names_a_clock_or_chance_is_not_kept_for_others(env, name, arguments, varies):
     *_, info = env.step(Action("", (ToolCall(name, arguments),)))
     assert ("unrepeatable" in info) == varies
 
 
-def test_how_long_tests_took_is_not_shown():
-    env = CodeSandboxEnv([TASK])
-    env.reset(seed=0)
+def test_how_long_tests_took_is_not_shown(env):
     do(env, "write_file", path="test_slow.py", content="import time\n\n\ndef test_it():\n    time.sleep(0.2)\n")
     answer, *_ = do(env, "shell", command="python3 -m pytest -q test_slow.py")
     assert "1 passed in 0.00s" in answer
