@@ -255,10 +255,8 @@ def _other(tokenizer: Tokenizer, folder: Path, template: str, thinking: bool) ->
             raise TemplateError("has no thinking mode (set episode.thinking = false)")
         else:
             renderer = cast(Renderer, TemplateRenderer(loaded, thinking=thinking))
-    except (
-        TemplateError,
-        AssertionError,
-    ) as error:  # an assertion: the tokenizer lacks what the family's renderer needs
+    except (TemplateError, AssertionError) as error:
+        # an assertion: the tokenizer lacks what the family's renderer needs
         found = None if name is not None else _recognised(loaded, thinking)
         if found is None:
             raise RenderError(

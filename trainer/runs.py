@@ -135,7 +135,11 @@ def _holds_work(folder: Path) -> bool:
 
 
 def clear(folder: Path) -> None:
-    """Remove what a run that failed before it sampled anything left in a folder that is claimed."""
+    """Remove what a run that failed before it sampled anything left in a folder that is claimed; what is in a folder
+    that holds no run stays.
+    """
+    if not (folder / "config.json").is_file() or not (folder / "metrics.jsonl").is_file():
+        return
     for part in ("checkpoints", "policies"):
         if (folder / part).is_dir():
             shutil.rmtree(folder / part)

@@ -246,6 +246,16 @@ def test_a_run_that_did_no_step_does_not_block_the_corrected_command(whole, toy_
     assert adapters(mine, toy_base) == adapters(folder, toy_base)
 
 
+def test_what_stood_in_a_folder_before_the_run_stays(toy_base, tmp_path):
+    """Folders of a user's own that are called like a run's are not taken for what a failed run left."""
+    notes = [tmp_path / "toy" / name / "notes.txt" for name in ("policies", "checkpoints")]
+    for note in notes:
+        note.parent.mkdir(parents=True)
+        note.write_text("mine")
+    train(toy.run_config(toy_base, tmp_path, trainer={"steps": 1}))
+    assert [note.read_text() for note in notes] == ["mine", "mine"]
+
+
 def test_what_a_first_step_sampled_before_it_failed_is_neither_removed_nor_trained_on_by_another_configuration(
     whole, toy_base, tmp_path, monkeypatch
 ):
