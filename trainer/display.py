@@ -44,6 +44,7 @@ class Display:
         self._name = name
         self._steps = steps
         self._phase = "starting"
+        self._tasks = ""
         self._train: dict[str, Any] = {}
         self._rewards: list[float] = []
         self._evals: dict[str, list[dict[str, Any]]] = {}
@@ -66,6 +67,8 @@ class Display:
         match row.get("kind"):
             case "phase":
                 self._phase = str(row.get("phase", ""))
+            case "tasks":
+                self._tasks = tasks_text(row)
             case "train":
                 self._take_step(row)
             case "eval":
@@ -118,6 +121,8 @@ def plain_line(row: Mapping[str, Any], steps: int) -> str:
     match row.get("kind"):
         case "phase":
             return f"== {row.get('phase', '')}"
+        case "tasks":
+            return tasks_text(row)
         case "eval":
             return (
                 f"pass@1 {row.get('mode', '')} {_number(row.get('pass1'), 3)} "
@@ -133,6 +138,18 @@ def plain_line(row: Mapping[str, Any], steps: int) -> str:
         case "alarm":
             return f"ALARM {row.get('message') or row.get('alarm') or ''}"
     return ""
+
+
+def tasks_text(row: Mapping[str, Any]) -> str:
+    """A "tasks" row in one line: how many there are, and the first of those left out, with the reason."""
+    said = f"{_number(row.get('train'), 0)} tasks to train on"
+    if row.get("held_out"):
+        said += f", {_number(row['held_out'], 0)} held out"
+    for key, what in (("dropped", "left out"), ("noted", "noted")):
+        if row.get(key):
+            task, why = next(iter(row[key].items()))
+            said += f"; {len(row[key])} {what}, the first: {task}: {why}"
+    return said
 
 
 def sparkline(values: Sequence[float], width: int) -> str:

@@ -10,7 +10,6 @@ all pass; soft: the share that passes). `agent_per_workbook`: the agent works on
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -277,36 +276,19 @@ def find_policy(config: RunConfig, base: Path, policy: int | str | None) -> Poli
     return PolicyVersion(1, folder_digest(folder), folder.resolve(), str(base), 0)
 
 
-@dataclass(frozen=True, slots=True)
-class _Data:
-    name: str
-    sha256: str
-    tasks: Sequence[Task]
-    dropped: Mapping[str, str]
-    noted: Mapping[str, str]
-
-
-def _load_data(config: RunConfig, source: str | None) -> _Data:
-    """The tasks to run, with what identifies them."""
+def _load_data(config: RunConfig, source: str | None) -> tasklists.Data:
+    """The tasks to run, with what identifies them: held-out ones of `env.tasks`, or all of `source`."""
     section = config.env if source is None else config.env.model_copy(update={"tasks": source})
-    if section.id != tasklists.SPREADSHEET:
-        if source is not None:
-            raise UserError(f"{section.id} makes its own tasks; --tasks works with {tasklists.SPREADSHEET}")
-        own = tasklists.load(section, "test", config.seed, config.eval.tasks)
-        return _Data(f"{section.id} test", hashlib.sha256(repr(own).encode()).hexdigest(), own, {}, {})
-    from ..envs.spreadsheet.datasets import DatasetError, load_tasks
-
+    if source is not None and section.id not in (tasklists.SPREADSHEET, tasklists.CODE_SANDBOX):
+        raise UserError(
+            f"{section.id} makes its own tasks; --tasks works with {tasklists.SPREADSHEET} and {tasklists.CODE_SANDBOX}"
+        )
     try:
         if source is None or source == "generated":
-            found = load_tasks(section.tasks, split="test", seed=config.seed, count=config.eval.tasks)
-        else:
-            found = load_tasks(source, split="all", seed=config.seed, count=10**9)
-    except DatasetError as error:
+            return tasklists.read(section, "test", config.seed, config.eval.tasks)
+        return tasklists.read(section, "all", config.seed, 10**9)
+    except ValueError as error:
         raise UserError(str(error)) from error
-    noted: dict[str, str] = {}
-    for task, note in found.notes:
-        noted[task] = f"{noted[task]}; {note}" if task in noted else note
-    return _Data(found.name, found.sha256, list(found), dict(found.dropped), noted)
 
 
 def _parts(task: Task, protocol: Protocol) -> list[Task]:

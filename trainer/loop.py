@@ -142,14 +142,15 @@ def collect(config: RunConfig, *, episodes: int | None = None, on_event: Listene
     """
     folder = config.out / config.name
     base = resolve_base(config.policy.base)
-    with _said_in_one_sentence(), _torch(config.trainer.threads), _open_side(config, base, folder) as (side, tasks):
+    with _said_in_one_sentence(), _torch(config.trainer.threads), _open_side(config, base, folder) as (side, data):
         write_config(folder, config)
         version = PolicyStore(folder / "policies", base).latest()
         side.publish(version)
         size, begun = config.trainer.group_size, len(side.store.group_ids())
         count = config.trainer.groups if episodes is None else -(-episodes // size)
-        drawn = tasklists.draw(tasks, count, seed=config.seed, step=begun)
+        drawn = tasklists.draw(data.tasks, count, seed=config.seed, step=begun)
         if on_event is not None:
+            on_event({"kind": "tasks", **tasklists.account(train=data), "time": time.time()})
             on_event({"kind": "phase", "phase": "sampling", "time": time.time()})
         started = time.perf_counter()
         specs = [GroupSpec(f"{config.name}/collect-{begun}/{i}", task, size) for i, task in enumerate(drawn)]
@@ -187,11 +188,11 @@ def _said_in_one_sentence() -> Iterator[None]:
 @contextmanager
 def _open_side(
     config: RunConfig, base: Path, folder: Path, training: int = 0
-) -> Iterator[tuple[RolloutSide, list[Task]]]:
+) -> Iterator[tuple[RolloutSide, tasklists.Data]]:
     """The rollout side of a run, beside which `training` processes train, and its training tasks."""
-    tasks = tasklists.load(config.env, "train", config.seed, config.env.task_count)
-    with open_rollouts(config, base, tasks, folder, training) as side:
-        yield side, tasks
+    data = tasklists.read(config.env, "train", config.seed, config.env.task_count)
+    with open_rollouts(config, base, data.tasks, folder, training) as side:
+        yield side, data
 
 
 @contextmanager
@@ -199,10 +200,14 @@ def _source(run: Run, trajectories: Path | None, make: SourceMaker) -> Iterator[
     """Where the run's batches come from; opens the rollout side of the run unless it only replays."""
     config = run.config
     if trajectories is None:
-        run.held_out = tasklists.load(config.env, "test", config.seed, max(config.eval.tasks, config.eval.every_tasks))
-        with _open_side(config, run.base, run.folder, world()) as (side, tasks):
+        most = max(config.eval.tasks, config.eval.every_tasks)
+        held_out = tasklists.read(config.env, "test", config.seed, most)
+        run.held_out = held_out.tasks
+        with _open_side(config, run.base, run.folder, world()) as (side, data):
             run.side = side
-            yield make(config, side, tasks, run.progress)
+            if not run.progress.metrics_bytes:
+                run.recorder.emit("tasks", **tasklists.account(train=data, held_out=held_out))
+            yield make(config, side, data.tasks, run.progress)
         return
     inner = trajectories / "trajectories"
     store = TrajectoryStore(inner if inner.is_dir() else trajectories, readonly=True)

@@ -228,8 +228,18 @@ def _left_out(run: Run) -> str:
     return (
         "<h2>What was left out</h2>"
         "<p>A failure of ours is dropped and counted, never scored as a mistake of the agent.</p>"
-        f"<table>{''.join(_table_row(label, value) for label, value in rows)}</table>"
+        f"<table>{''.join(_table_row(label, value) for label, value in rows)}</table>{_tasks(run)}"
     )
+
+
+def _tasks(run: Run) -> str:
+    """The tasks that were not used, and what is noted of others."""
+    found = ""
+    for row in run.of_kind("tasks")[-1:]:
+        for key, title in (("dropped", "Tasks left out"), ("noted", "Noted of tasks")):
+            said = "".join(_table_row(task, why) for task, why in (row.get(key) or {}).items())
+            found += f"<h3>{title}</h3><table>{said}</table>" if said else ""
+    return found
 
 
 def _lengths(run: Run) -> str:

@@ -23,7 +23,7 @@ from ..rollouts.store import TrajectoryStore
 from .errors import UserError
 
 Row = dict[str, Any]
-"""One line of metrics.jsonl; `kind` says what stands in it: "train", "eval", "alarm", "phase"."""
+"""One line of metrics.jsonl; `kind` says what stands in it: "train", "eval", "alarm", "phase", "tasks"."""
 
 
 @dataclass(frozen=True, slots=True)

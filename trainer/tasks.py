@@ -6,10 +6,12 @@ held-out tasks come from the other split and are never drawn for training.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..configs.schema import EnvSection
@@ -24,19 +26,53 @@ then.
 """
 
 
-def load(section: EnvSection, split: Literal["train", "test"], seed: int, count: int) -> list[Task]:
-    """`count` tasks of a split. Environments other than the spreadsheet draw their own by the seed that an id stands
-    for.
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Tasks, the name and the hash of what they were read from; by task, why it was left out, and what was changed in
+    its files or is not followed there.
+    """
+
+    name: str
+    sha256: str
+    tasks: Sequence[Task]
+    dropped: Mapping[str, str]
+    noted: Mapping[str, str]
+
+
+def read(section: EnvSection, split: Literal["train", "test", "all"], seed: int, count: int) -> Data:
+    """`count` tasks of a split, or as many as there are. Environments other than the spreadsheet and the coding sandbox
+    draw their own by the seed that an id stands for. Raises `ValueError` where there are none.
     """
     if section.id == SPREADSHEET:
         from ..envs.spreadsheet.datasets import load_tasks
 
-        return list(load_tasks(section.tasks, split=split, seed=seed, count=count))
+        found = load_tasks(section.tasks, split=split, seed=seed, count=count)
+        noted: dict[str, str] = {}
+        for task, note in found.notes:
+            noted[task] = f"{noted[task]}; {note}" if task in noted else note
+        return Data(found.name, found.sha256, list(found), dict(found.dropped), noted)
+    own: list[Task]
     if section.id == CODE_SANDBOX:
         from ..envs.coding.datasets import load_tasks as load_code_tasks
 
-        return list(load_code_tasks(section.tasks, split=split, seed=seed, count=count))
-    return [Task(f"{split}-{seed}-{number}", "") for number in range(count)]
+        own = list(load_code_tasks(section.tasks, split=split, seed=seed, count=count))
+    else:
+        own = [Task(f"{split}-{seed}-{number}", "") for number in range(count)]
+    return Data(f"{section.id} {split}", hashlib.sha256(repr(own).encode()).hexdigest(), own, {}, {})
+
+
+def load(section: EnvSection, split: Literal["train", "test"], seed: int, count: int) -> Sequence[Task]:
+    """The tasks of `read`."""
+    return read(section, split, seed, count).tasks
+
+
+def account(**sides: Data) -> dict[str, Any]:
+    """The fields of a "tasks" row: how many tasks each side has, why others were left out, what is noted of some."""
+    return {
+        **{side: len(data.tasks) for side, data in sides.items()},
+        "dropped": {task: why for data in sides.values() for task, why in data.dropped.items()},
+        "noted": {task: note for data in sides.values() for task, note in data.noted.items()},
+    }
 
 
 def environment_options(section: EnvSection, tasks: Sequence[Task]) -> dict[str, Any]:

@@ -12,12 +12,16 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from espalier.configs.load import load as load_config
 from espalier.configs.schema import RunConfig
 from espalier.envs.spreadsheet import datasets as module
 from espalier.envs.spreadsheet.datasets import ALREADY_PASSES, DatasetError, load_tasks
 from espalier.envs.spreadsheet.env import SpreadsheetEnv
 from espalier.envs.spreadsheet.families import generate, solution_package
+from espalier.trainer.display import plain_line
 from espalier.trainer.evaluate import EvalReport, Untouched, _load_data
+from espalier.trainer.loop import train
+from espalier.trainer.report import write_report
 
 SMALL = ("38985", "17251", "37609", "57105", "32255", "31202", "290-27", "79-7")
 """Of the 20 real tasks, some whose workbooks are small."""
@@ -178,6 +182,22 @@ def test_what_is_taken_out_of_a_workbook_is_said(folder, tmp_path):
     )  # fmt: skip
     assert report.to_json()["noted"] == {"1": "; ".join(said)}
     assert f"noted      1 tasks\n             1: {'; '.join(said)}" in report.text()
+
+
+def test_a_run_says_which_tasks_it_leaves_out_and_why(folder, tmp_path):
+    copied = shutil.copytree(folder, tmp_path / "copy")
+    file = copied / "spreadsheet" / "1" / "1_1_input.xlsx"
+    file.write_bytes(file.read_bytes()[:1000])
+    words = ["--env.tasks", str(copied), "--out", str(tmp_path), "--name", "run", "--tracking.wandb", "off"]
+    small = ["--trainer.steps", "1", "--trainer.groups", "2", "--trainer.group_size", "2", "--trainer.max_refills", "0"]
+    said = []
+    train(load_config("spreadsheet-tiny", [*words, *small, "--eval.tasks", "1"]), on_event=said.append)
+    [row] = [row for row in said if row["kind"] == "tasks"]
+    assert (row["train"], row["held_out"], list(row["dropped"])) == (2, 1, ["1"])
+    page = write_report(tmp_path / "run").read_text()
+    for text in (plain_line(row, 1), page):
+        assert "1_1_input.xlsx: " in text, text
+    assert plain_line({**row, "dropped": {}, "noted": {}}, 1) == "2 tasks to train on, 1 held out"
 
 
 def test_an_environment_says_what_was_taken_out_of_a_task_s_workbook(folder):
