@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -29,8 +31,8 @@ def modules():
     beside = ("base", "limits", "page", "workloads")
     sys.path[:0] = [str(ROOT / "results"), str(HERE), str(ROOT / "results" / "tree")]
     try:
-        for folder, name in (("step", "base"), ("step", "limits"), ("step", "measure"), ("tree", "contenders")):
-            path = ROOT / "results" / folder / f"{name}.py"
+        for name in ("base", "limits", "page", "measure", "contenders"):
+            path = ROOT / "results" / ("tree" if name == "contenders" else "step") / f"{name}.py"
             spec = importlib.util.spec_from_file_location(f"step_{name}", path)
             found[name] = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(found[name])
@@ -117,3 +119,29 @@ def test_a_quick_run_gives_every_figure(tmp_path):
     assert figures["trained_tok_s"] < figures["processed_tok_s"]
     assert not list((tmp_path / "runs" / "bench" / "step").glob("*/")), "the base's weights are gone"
     assert str(tmp_path) not in json.dumps(found)
+
+
+def test_the_card_s_memory_is_watched_while_a_run_lasts(modules, monkeypatch):
+    used = iter([3, 7, 5])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10 - next(used, 5), 10))
+    with modules["measure"]._device_peak("cuda") as seen:
+        while len(seen) < 4:
+            time.sleep(0.01)
+    assert max(seen) == 7
+    with modules["measure"]._device_peak("cpu") as seen:
+        time.sleep(0.2)
+    assert seen == []
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_page_says_what_ran_where(modules, tmp_path, device):
+    names = ["step_seconds", "seconds_sampling", *(f"seconds_{name}" for name in PHASES)]
+    figures = defaultdict(lambda: 2.0, dict(zip(names, (9.0, 2.0, 3.0, 0.5, 4.0, 0.5, 0.25), strict=True)))
+    page = modules["page"]
+    assert sum(page.parts(figures).values()) == pytest.approx(9.0), "the phases of a step add up to it"
+    assert page.parts(figures)["environment"] == 1.0 and page.parts(figures)["other"] == 0.75
+    page.plot(figures, [{**figures, "step": 2, "wall": 9.0}], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+    text = page.report(figures, {"plan_speed": "H100: fast", "cores_of_others": 0.2}, "vllm", device)
+    assert ("the whole card" in text) == ("../../spreadsheet/report.md" in text) == (device == "cuda")
+    assert ("nothing about a 4B step" in text) == (device == "cpu") and "sampler `vllm`" in text
