@@ -78,22 +78,19 @@ class RolloutSide:
         self._published: list[int] = []
         self._sleeper = sampler if isinstance(sampler, Sleeper) and sampler.sleeps else None
         self._asleep = False
-        self._seconds_turning = 0.0
+        self.seconds_turning = 0.0
+        """What the sampler took to fall asleep and to wake until now."""
         self._begun: dict[Future[list[list[Group]]], int] = {}  # and how many episodes they take at most
 
     async def _make_runner(self, base: Path, pool: EnvPool) -> RolloutRunner:
         return make_runner(self.config, base, self._sampler, pool, self.store)
 
-    def rest(self) -> float:
-        """Leave the card to the trainer, where they have it by turns; what needs the sampler next wakes it. Returns the
-        seconds that falling asleep and waking took since the last rest.
-        """
+    def rest(self) -> None:
+        """Leave the card to the trainer, where they have it by turns; what needs the sampler next wakes it."""
         if self._sleeper is not None and not self._asleep:
             with self._turning():
                 self._patiently(self._sleeper.sleep)
                 self._asleep = True
-        seconds, self._seconds_turning = self._seconds_turning, 0.0
-        return seconds
 
     def _rouse(self) -> None:
         if self._sleeper is not None and self._asleep:
@@ -111,7 +108,7 @@ class RolloutSide:
     def _turning(self) -> Iterator[None]:
         began = time.perf_counter()
         yield
-        self._seconds_turning += time.perf_counter() - began
+        self.seconds_turning += time.perf_counter() - began
 
     def graph_figures(self) -> dict[str, Any]:
         """What the operation graph was asked and saved since the last call, as a metrics row says it; empty without

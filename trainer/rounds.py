@@ -53,7 +53,8 @@ class SyncSource:
         self._learn_difficulty(groups)
         seconds = time.perf_counter() - began
         batch = make_batch(self._config, step, groups, seconds, self._progress.version)
-        return replace(batch, stats={**batch.stats, **self._side.graph_figures(), "seconds_turning": self._side.rest()})
+        self._side.rest()
+        return replace(batch, stats={**batch.stats, **self._side.graph_figures()})
 
     def sample(self, step: int) -> list[Group]:
         """All groups of `step`, those without signal and what refilled them included."""

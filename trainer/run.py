@@ -68,6 +68,7 @@ class Run:
         self.policies = PolicyStore(folder / "policies", base)
         self.checkpoints = CheckpointStore(folder / "checkpoints")
         self._committed: list[int] = [progress.version]
+        self._said_turning = self._seconds_committing = 0.0
 
     def build(self, source: BatchSource, checkpoint: Checkpoint | None) -> None:
         """Load the model and put it where the checkpoint left it."""
@@ -129,11 +130,11 @@ class Run:
         progress = self.progress
         progress.step = batch.step
         progress.consumed.extend(batch.consumed)
+        publishing = 0.0
         if numbers:  # empty: there was nothing to train on, so the policy is what it was
-            progress.version = self._store_policy()
-            self._serve(progress.version)
+            publishing = self._publish()
             numbers = self._with_served_gap(batch, numbers)
-        row = self._train_row(batch, numbers)
+        row = self._train_row(batch, numbers, publishing)
         self._say_what_is_shared()
         self._say_when_nothing_branches(row)
         progress.seconds += row["seconds_rollout"] + row["seconds_train"]
@@ -167,7 +168,20 @@ class Run:
         schedule = self.config.schedule
         return schedule.max_staleness if schedule.kind == "async" else 0
 
-    def _train_row(self, batch: Batch, numbers: Mapping[str, float]) -> Row:
+    def _publish(self) -> float:
+        """Store and serve the policy as it is now; the seconds that took, the sampler's waking apart."""
+        began, turned = time.perf_counter(), self._turning()
+        self.progress.version = self._store_policy()
+        self._serve(self.progress.version)
+        return time.perf_counter() - began - (self._turning() - turned)
+
+    def _turning(self) -> float:
+        return 0.0 if self.side is None else self.side.seconds_turning
+
+    def _train_row(self, batch: Batch, numbers: Mapping[str, float], publishing: float) -> Row:
+        """Turning and committing are those since the row before, so that rows together have all of them."""
+        turning, committing = self._turning() - self._said_turning, self._seconds_committing
+        self._said_turning, self._seconds_committing = self._turning(), 0.0
         stats = dict(batch.stats)
         rollout = float(stats.get("seconds_rollout", 0.0))
         row = {
@@ -179,6 +193,9 @@ class Run:
             "seconds_train": 0.0,
             "trained_tokens": 0,
             **numbers,
+            "seconds_turning": turning,
+            "seconds_publish": publishing,
+            "seconds_checkpoint": committing,
             "shared_prefix": self.trainer.sharing.state,
         }
         return self.recorder.emit("train", **row)
@@ -290,8 +307,10 @@ class Run:
         return found
 
     def _commit(self) -> None:
+        began = time.perf_counter()
         self.progress.metrics_bytes = self.recorder.position
         config = self.config.model_dump(mode="json")
         trainer = self.trainer
         self.checkpoints.save(self.progress, trainer.adapter, trainer.optimizer, trainer.lr_scheduler, config)
         self._committed = [*self._committed[-1:], self.progress.version]
+        self._seconds_committing += time.perf_counter() - began

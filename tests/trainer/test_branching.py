@@ -15,7 +15,8 @@ from espalier.trainer.loop import collect, train
 from espalier.trainer.policy import PolicyStore
 from pydantic import ValidationError
 
-TIMES = {"time", "seconds_rollout", "seconds_train", "seconds_turning", "tok_s", "seconds", "graph"}
+PHASES = {"seconds_rollout", "seconds_turning", "seconds_train", "seconds_publish", "seconds_checkpoint"}
+TIMES = {"time", *PHASES, "tok_s", "seconds", "graph"}
 TURNS = 3
 
 

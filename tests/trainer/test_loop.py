@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,8 @@ from espalier.trainer.policy import PolicyStore
 from espalier.trainer.resume import FREE
 from espalier.trainer.rounds import SyncSource
 
-TIMES = {"time", "seconds_rollout", "seconds_train", "tok_s", "seconds", "graph"}
+PHASES = ("seconds_rollout", "seconds_turning", "seconds_train", "seconds_publish", "seconds_checkpoint")
+TIMES = {"time", *PHASES, "tok_s", "seconds", "graph"}
 
 
 def rows(folder, kind=None):
@@ -73,6 +75,19 @@ def test_a_run_writes_what_it_did(whole, toy_base):
     evals = [(row["step"], row["mode"]) for row in rows(folder, "eval")]
     assert evals == [(0, "sampled"), (0, "greedy"), (2, "sampled"), (4, "sampled"), (5, "sampled"), (5, "greedy")]
     assert json.loads((folder / "config.json").read_text())["name"] == "toy"
+
+
+def test_a_run_says_where_its_seconds_went(whole):
+    """The phases of a step follow one another: together they are no more than the time between two rows."""
+    train_rows = rows(whole[0], "train")
+    for before, row in pairwise(train_rows):
+        assert min(row["seconds_rollout"], row["seconds_train"], row["seconds_publish"]) > 0
+        assert sum(row[name] for name in PHASES) <= row["time"] - before["time"] + 1e-3
+    every = 2  # the toy's schedule.checkpoint_every; a commit stands in the row behind it
+    first, *others = (row["seconds_checkpoint"] > 0 for row in train_rows)
+    assert first, "the commit before the first step"
+    assert others == [row["step"] % every == 1 for row in train_rows[1:]]
+    assert all(row["seconds_turning"] == 0 for row in train_rows), "this sampler never sleeps"
 
 
 def test_a_run_says_what_it_shared(whole):

@@ -1,9 +1,11 @@
 """The synchronous source: a step in which everything fails ends the run, and says what happened."""
 
 import asyncio
+import json
 import threading
 from contextlib import contextmanager
 from importlib.util import find_spec
+from itertools import pairwise
 
 import pytest
 import toy
@@ -18,6 +20,7 @@ from espalier.rollouts.types import Failure, FailureKind, Group
 from espalier.trainer import tasks as tasklists
 from espalier.trainer.checkpoint import Progress
 from espalier.trainer.errors import UserError
+from espalier.trainer.loop import train
 from espalier.trainer.policy import PolicyStore
 from espalier.trainer.rollout_side import RolloutSide
 from espalier.trainer.rounds import SyncSource, describe
@@ -32,7 +35,7 @@ class DeadSide:
         return [[self.group(spec) for spec in chain] for chain in chains]
 
     def rest(self):
-        return 0.0
+        pass
 
     def group(self, spec):
         failure = Failure("x", spec.id, spec.task.id, FailureKind.SAMPLER, "engine died.")
@@ -224,12 +227,14 @@ def test_the_sampler_sleeps_while_the_trainer_works_where_they_have_the_card_by_
     assert isinstance(sampler, Sleeper)
     tasks = tasklists.load(config.env, "train", 0, 8)
     side = RolloutSide(config, toy_base, sampler, make_pool(config, tasks), tmp_path / "run")
+    turned = 0.0
     try:
         side.publish(PolicyStore(tmp_path / "policies", toy_base).base_version)
         for step in range(2):
             groups = side.groups([GroupSpec(f"toy/{step}/0", tasks[0], 2)], 0)
             assert len(groups[0].trajectories) == 2
-            stall = side.rest()
+            side.rest()
+            stall, turned = side.seconds_turning - turned, side.seconds_turning
             assert (stall >= (0.1 if step else 0.05)) == sleeps, "falling asleep, and before that waking"
         side.evaluate(tasks[:2], 0, 0, greedy=True)
         side.rest()
@@ -238,3 +243,26 @@ def test_the_sampler_sleeps_while_the_trainer_works_where_they_have_the_card_by_
         side.close()
     awake = ["publish", *["sample", "sleep", "wake"] * 3, "publish"]
     assert list(sampler.seen) == (awake if sleeps else ["publish", "sample", "publish"])
+
+
+def test_turning_is_told_apart_from_publishing(toy_base, tmp_path, monkeypatch):
+    """Each step ends with the sampler awake again; that it woke to be given a version counts once."""
+
+    class Slow(Dormant):
+        async def wake(self):
+            await super().wake()
+            await asyncio.sleep(0.5)
+
+    def slow(*_):
+        return Slow(toy_base, slots=8, threads=1, max_tokens=440)
+
+    monkeypatch.setattr("espalier.trainer.rollout_side.make_sampler", slow)
+    evaluation = {"tasks": 2, "every": 0, "greedy": False}
+    train(toy.run_config(toy_base, tmp_path, trainer={"steps": 3}, eval=evaluation))
+    found = [json.loads(line) for line in (tmp_path / "toy" / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in found if row["kind"] == "train"]
+    phases = [name for name in steps[0] if name.startswith("seconds_")]
+    assert {"seconds_rollout", "seconds_train", "seconds_publish", "seconds_checkpoint"} < set(phases)
+    for before, row in pairwise(steps):
+        assert row["seconds_turning"] >= 0.6
+        assert sum(row[name] for name in phases) <= row["time"] - before["time"] + 1e-3
