@@ -171,6 +171,9 @@ def _file(
         return
     offset = os.lseek(fd, 0, os.SEEK_CUR) if stat.S_ISREG(found.st_mode) else 0
     gone = found.st_nlink == 0 or path.endswith(" (deleted)")
+    kept = flags & _KEPT_FLAGS
+    if stat.S_ISREG(found.st_mode):
+        kept &= ~os.O_DIRECTORY  # a part of O_TMPFILE
     contents = None
     if gone:
         if not stat.S_ISREG(found.st_mode) or found.st_size > MOST_UNLINKED:
@@ -186,7 +189,7 @@ def _file(
         if not same and not _same_file(path, found):
             reasons.append(f"descriptor {fd}, whose file {path} was replaced")
             return
-    carried.files.append(OpenFile(fd, path, flags & _KEPT_FLAGS, offset, inheritable, contents))
+    carried.files.append(OpenFile(fd, path, kept, offset, inheritable, contents))
 
 
 def _same_file(path: str, found: os.stat_result) -> bool:

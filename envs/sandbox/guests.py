@@ -216,7 +216,7 @@ def freeze(home: Home, layers: Layers, guest: Guest, number: int, plain: bool) -
     try:
         layers.freeze(written)
     except OSError:
-        template.refused = ["a file or a mapping that was still open for writing in what was to be frozen"]
+        template.refused.append("a file or a mapping was still open for writing in what was to be frozen")
     layers.drop(written)
     return template
 

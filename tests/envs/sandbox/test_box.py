@@ -251,6 +251,16 @@ def test_an_unlinked_file_that_is_still_open_is_kept(box: Box) -> None:
     assert "gone" not in box.shell("ls").text
 
 
+def test_a_temporary_file_without_a_name_is_kept(box: Box) -> None:
+    """Python's own way: O_TMPFILE, whose flags look like a folder's."""
+    box.python("import tempfile; f = tempfile.TemporaryFile(); f.write(b'secret'); f.flush(); f.seek(2)")
+    here = box.snapshot()
+    assert box.python("f.read()").text == "b'cret'\n"
+    box.python("f.seek(0); f.write(b'SECRET'); f.flush()")
+    box.rollback(here)
+    assert box.python("f.read()").text == "b'cret'\n"
+
+
 def test_a_finished_child_keeps_its_status(box: Box) -> None:
     box.python("import subprocess, time; p = subprocess.Popen(['sh', '-c', 'exit 7']); time.sleep(0.2)")
     here = box.snapshot()
