@@ -13,6 +13,7 @@ import ctypes
 import fcntl
 import gc
 import os
+import select
 import signal
 import stat
 import struct
@@ -51,13 +52,16 @@ class OpenFile:
 
 @dataclass(frozen=True)
 class SharedMap:
-    """One shared mapping: of a file (`path`, from `offset`), or of memory only (no path)."""
+    """One shared mapping: of a file (`path`, from `offset`), or of memory only (no path). `unlinked`: of a file that
+    nothing but this mapping leads to, as a semaphore is; it becomes memory only.
+    """
 
     start: int
     size: int
     protection: int
     path: str
     offset: int
+    unlinked: bool = False
 
 
 @dataclass
@@ -103,8 +107,8 @@ def inspect(own: frozenset[int]) -> tuple[Carried, list[str]]:
         if fd not in own:
             _descriptor(fd, carried, reasons)
     for inode, ends in carried.pipes.items():
-        if {flags & _ACCESS for _, flags, _ in ends} != {os.O_RDONLY, os.O_WRONLY}:
-            reasons.append(f"pipe {inode}, whose other end is closed or outside the interpreter")
+        if not _closed_or_ours(ends):
+            reasons.append(f"pipe {inode}, whose other end is outside the interpreter")
     _shared_maps(carried, reasons)
     try:
         if Path("/proc/self/timers").read_bytes():
@@ -163,6 +167,17 @@ def _descriptor(fd: int, carried: Carried, reasons: list[str]) -> None:
         reasons.append(f"descriptor {fd} ({path})")
 
 
+def _closed_or_ours(ends: list[tuple[int, int, bool]]) -> bool:
+    """Whether nobody else has an end of this pipe: both kinds are ours, or the kernel says nobody has the other."""
+    kinds = {flags & _ACCESS for _, flags, _ in ends}
+    if kinds == {os.O_RDONLY, os.O_WRONLY}:
+        return True
+    over = {os.O_RDONLY: select.POLLHUP, os.O_WRONLY: select.POLLERR}.get(kinds.pop(), 0) if len(kinds) == 1 else 0
+    poll = select.poll()
+    poll.register(ends[0][0], 0)
+    return any(event & over for _, event in poll.poll(0))
+
+
 def _file(
     fd: int, found: os.stat_result, flags: int, path: str, inheritable: bool, carried: Carried, reasons: list[str]
 ) -> None:
@@ -206,22 +221,37 @@ def _same_file(path: str, found: os.stat_result) -> bool:
 
 
 def _shared_maps(carried: Carried, reasons: list[str]) -> None:
+    deleted_files = any(file.contents is not None for file in carried.files)
     for start, end, protection, offset, path in maps.shared("/proc/self/maps"):
+        unlinked = False
         if path.startswith("/dev/zero") or path == "":
             path = ""
         elif path.endswith(" (deleted)"):
-            reasons.append(f"shared memory of the deleted file {path}")
-            continue
+            if deleted_files or not _readable(start, end - start):
+                reasons.append(f"shared memory of the deleted file {path}")
+                continue
+            path, unlinked = "", True
         elif not path.startswith("/"):
             reasons.append(f"shared memory {path}")
             continue
-        carried.maps.append(SharedMap(start, end - start, protection, path, offset))
+        carried.maps.append(SharedMap(start, end - start, protection, path, offset, unlinked))
+
+
+def _readable(start: int, size: int) -> bool:
+    """Whether all of it can be copied: a file may have become shorter than its mapping."""
+    if size > MOST_UNLINKED:
+        return False
+    with open("/proc/self/mem", "rb", buffering=0) as memory:
+        try:
+            return len(os.pread(memory.fileno(), size, start)) == size
+        except OSError:
+            return False
 
 
 def settle(carried: Carried) -> None:
     """In the frozen copy: own pipes, own shared memory, and no way to write to a file."""
     _own_pipes(carried)
-    _own_memory(carried)
+    _own_memory([m for m in carried.maps if not m.path])
     for file in carried.files:
         if file.contents is not None:
             _replace(file.fd, os.open(os.devnull, os.O_RDONLY), file.inheritable)
@@ -237,10 +267,10 @@ def settle(carried: Carried) -> None:
 def adopt(carried: Carried) -> None:
     """In who goes on, once its layers are attached: the same names, offsets and timers there."""
     os.chdir(carried.cwd)
+    _own_memory([m for m in carried.maps if not m.path and (carried.forked or m.unlinked)])
     if carried.forked:
         kernel.prctl(kernel.PR_SET_DUMPABLE, 1)
         _own_pipes(carried)
-        _own_memory(carried)
         for which, (left, every) in zip(_TIMERS, carried.timers, strict=False):
             if left or every:
                 signal.setitimer(which, left, every)
@@ -272,15 +302,15 @@ def _replace(fd: int, new: int, inheritable: bool) -> None:
 
 
 def _own_pipes(carried: Carried) -> None:
-    """New pipes with the same contents, which stay in the old ones (tee)."""
+    """New pipes with the same contents, which stay in the old ones (tee); an end that nobody has stays closed."""
     for ends in carried.pipes.values():
-        source = next(fd for fd, flags, _ in ends if flags & _ACCESS == os.O_RDONLY)
-        size = fcntl.fcntl(source, 1032)  # F_GETPIPE_SZ
+        size = fcntl.fcntl(ends[0][0], 1032)  # F_GETPIPE_SZ
         reading, writing = os.pipe()
         fcntl.fcntl(writing, 1031, size)
-        waiting = struct.unpack("i", fcntl.ioctl(source, 0x541B, b"\0" * 4))[0]  # FIONREAD
-        if waiting and _libc.tee(source, writing, ctypes.c_size_t(size), 2) != waiting:
-            raise OSError(5, "a pipe could not be copied")
+        for source in [fd for fd, flags, _ in ends if flags & _ACCESS == os.O_RDONLY][:1]:
+            waiting = struct.unpack("i", fcntl.ioctl(source, 0x541B, b"\0" * 4))[0]  # FIONREAD
+            if waiting and _libc.tee(source, writing, ctypes.c_size_t(size), 2) != waiting:
+                raise OSError(5, "a pipe could not be copied")
         for fd, flags, inheritable in ends:
             again = reading if flags & _ACCESS == os.O_RDONLY else writing
             os.dup2(again, fd, inheritable)
@@ -289,11 +319,9 @@ def _own_pipes(carried: Carried) -> None:
         os.close(writing)
 
 
-def _own_memory(carried: Carried) -> None:
-    """Shared memory without a file: a copy in its place, shared with who is forked from now on."""
-    for shared in carried.maps:
-        if shared.path:
-            continue
+def _own_memory(found: list[SharedMap]) -> None:
+    """A copy in the place of shared memory, shared with who is forked from now on."""
+    for shared in found:
         made = _libc.mmap(None, shared.size, 3, _MAP_SHARED_ANON, -1, 0)
         if made in (None, ctypes.c_void_p(-1).value):
             raise OSError(ctypes.get_errno(), "no memory to copy shared memory")

@@ -191,7 +191,6 @@ def test_a_masked_snapshot_that_cannot_be_kept_says_so_when_it_is_used(box: Box)
         ("import asyncio; loop = asyncio.new_event_loop()", "anon_inode|socket"),
         ("import fcntl; f = open('a.txt'); fcntl.flock(f, fcntl.LOCK_EX)", "lock"),
         ("import fcntl; f = open('a.txt', 'r+'); fcntl.lockf(f, fcntl.LOCK_EX)", "lock"),
-        ("import os; r, w = os.pipe(); os.close(w)", "pipe"),
         ("import os; pid = os.fork() or os._exit(0)", "nobody waited for"),
         ("import os; os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone')", "working directory"),
     ],
@@ -259,6 +258,43 @@ def test_a_temporary_file_without_a_name_is_kept(box: Box) -> None:
     box.python("f.seek(0); f.write(b'SECRET'); f.flush()")
     box.rollback(here)
     assert box.python("f.read()").text == "b'cret'\n"
+
+
+def test_what_a_finished_child_said_can_still_be_read(box: Box) -> None:
+    box.python("import subprocess; p = subprocess.Popen(['echo', 'said'], stdout=-1, stdin=-1); p.wait()")
+    here = box.snapshot()
+    assert box.python("p.stdout.read()").text == "b'said\\n'\n"
+    for _ in range(2):
+        box.rollback(here)
+        assert box.python("p.stdout.read()").text == "b'said\\n'\n"
+        assert "BrokenPipeError" in box.python("p.stdin.write(b'x'); p.stdin.flush()").text
+
+
+def test_a_pipe_to_who_is_outside_the_interpreter_is_refused(box: Box) -> None:
+    box.python("import subprocess; p = subprocess.Popen('sleep 100 & exit', shell=True, stdout=-1); p.wait()")
+    with pytest.raises(SnapshotIncomplete, match=r"outside the interpreter|running"):
+        _ = box.snapshot().number
+
+
+def test_a_semaphore_is_kept(box: Box) -> None:
+    """multiprocessing's locks, which progress bars make too: memory of a file that was unlinked."""
+    box.python("import multiprocessing; lock = multiprocessing.Semaphore(3); lock.acquire()")
+    here = box.snapshot()
+    assert box.python("lock.acquire(); lock.get_value()").text == "1\n"
+    then = box.snapshot()
+    for state, value in ((here, 2), (then, 1), (here, 2)):
+        box.rollback(state)
+        assert box.python("lock.get_value()").text == f"{value}\n"
+        box.python("lock.acquire()")
+
+
+def test_memory_of_a_deleted_file_that_is_shorter_or_still_open_is_refused(box: Box) -> None:
+    make = "import mmap, os; f = open('m', 'w+b'); f.truncate(8192); m = mmap.mmap(f.fileno(), 8192); os.remove('m')"
+    for more in ("", "; f.truncate(4096); f.close()"):
+        box.python(make + more)
+        with pytest.raises(SnapshotIncomplete, match="deleted file"):
+            _ = box.snapshot().number
+        box.python("m.close(); f.close()")
 
 
 def test_a_finished_child_keeps_its_status(box: Box) -> None:
