@@ -40,14 +40,18 @@ _libc.mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctyp
 
 @dataclass(frozen=True)
 class OpenFile:
-    """One descriptor of a file or folder. `contents`: of a file that was unlinked, which no name leads to any more."""
+    """One descriptor of a file or folder. `contents`: of a file that was unlinked, which no name leads to any more.
+    `file`: its device and number. `twin`: a lower descriptor of the same opening (dup), whose offset is the same.
+    """
 
     fd: int
     path: str
     flags: int
     offset: int
     inheritable: bool
-    contents: bytes | None = None
+    contents: bytes | None
+    file: tuple[int, int]
+    twin: int | None
 
 
 @dataclass(frozen=True)
@@ -77,10 +81,11 @@ class Carried:
 
 
 def plain() -> Carried | None:
-    """What a process holds that has no more than a working directory; None while a timer runs or that is gone."""
-    for which in _TIMERS:
-        if signal.getitimer(which)[0]:
-            return None
+    """What a process holds that has no more than a working directory; None while it has a timer or a blocked signal that
+    waits, and where that folder is gone.
+    """
+    if signal.sigpending() or any(signal.getitimer(which)[0] for which in _TIMERS):
+        return None
     try:
         return Carried(os.getcwd())
     except OSError:
@@ -102,8 +107,7 @@ def inspect(own: frozenset[int]) -> tuple[Carried, list[str]]:
         carried.cwd = os.getcwd()
     except OSError:
         reasons.append("the working directory was deleted")
-    for word in os.listdir("/proc/self/fd"):
-        fd = int(word)
+    for fd in sorted(int(word) for word in os.listdir("/proc/self/fd")):
         if fd not in own:
             _descriptor(fd, carried, reasons)
     for inode, ends in carried.pipes.items():
@@ -116,6 +120,8 @@ def inspect(own: frozenset[int]) -> tuple[Carried, list[str]]:
     except OSError:
         pass
     carried.timers = [signal.getitimer(which) for which in _TIMERS]
+    if waiting := signal.sigpending():
+        reasons.append(f"a blocked signal that waits ({min(waiting).name})")
     return carried, reasons
 
 
@@ -184,13 +190,18 @@ def _file(
     if "lock:" in Path(f"/proc/self/fdinfo/{fd}").read_text():
         reasons.append(f"a lock on {path}")
         return
-    offset = os.lseek(fd, 0, os.SEEK_CUR) if stat.S_ISREG(found.st_mode) else 0
-    gone = found.st_nlink == 0 or path.endswith(" (deleted)")
+    offset = os.lseek(fd, 0, os.SEEK_CUR)
     kept = flags & _KEPT_FLAGS
     if stat.S_ISREG(found.st_mode):
         kept &= ~os.O_DIRECTORY  # a part of O_TMPFILE
+    elif offset:
+        reasons.append(f"the listing of the folder {path}, which is not at its end")
+        return
     contents = None
-    if gone:
+    if found.st_nlink == 0 or path.endswith(" (deleted)"):
+        if found.st_nlink and stat.S_ISREG(found.st_mode):
+            reasons.append(f"the file {path}, which has other names")
+            return
         if not stat.S_ISREG(found.st_mode) or found.st_size > MOST_UNLINKED:
             reasons.append(f"the deleted {'folder' if stat.S_ISDIR(found.st_mode) else 'large file'} {path}")
             return
@@ -204,7 +215,24 @@ def _file(
         if not same and not _same_file(path, found):
             reasons.append(f"descriptor {fd}, whose file {path} was replaced")
             return
-    carried.files.append(OpenFile(fd, path, kept, offset, inheritable, contents))
+        try:
+            os.close(os.open(path, kept))
+            os.close(os.open(path, os.O_RDONLY))
+        except OSError as error:
+            reasons.append(f"descriptor {fd}, whose file {path} cannot be opened again ({error.strerror})")
+            return
+    file = (found.st_dev, found.st_ino)
+    alike = (other.fd for other in carried.files if (other.file, other.flags, other.offset) == (file, kept, offset))
+    twin = next((other for other in alike if stat.S_ISREG(found.st_mode) and _one_opening(other, fd, offset)), None)
+    carried.files.append(OpenFile(fd, path, kept, offset, inheritable, contents, file, twin))
+
+
+def _one_opening(one: int, other: int, offset: int) -> bool:
+    """Whether both descriptors, at `offset` of one file, move together."""
+    os.lseek(one, offset + 1, os.SEEK_SET)
+    moved = os.lseek(other, 0, os.SEEK_CUR) == offset + 1
+    os.lseek(one, offset, os.SEEK_SET)
+    return moved
 
 
 def _same_file(path: str, found: os.stat_result) -> bool:
@@ -274,8 +302,14 @@ def adopt(carried: Carried) -> None:
         for which, (left, every) in zip(_TIMERS, carried.timers, strict=False):
             if left or every:
                 signal.setitimer(which, left, every)
+    unlinked: dict[tuple[int, int], int] = {}
     for file in carried.files:
-        _replace(file.fd, _reopened(file), file.inheritable)
+        if file.twin is not None:
+            os.dup2(file.twin, file.fd, file.inheritable)
+            continue
+        _replace(file.fd, _reopened(file, unlinked), file.inheritable)
+        if file.contents is not None:
+            unlinked.setdefault(file.file, file.fd)
     for shared in carried.maps:
         if shared.path:
             fd = os.open(shared.path, os.O_RDWR if shared.protection & 2 else os.O_RDONLY)
@@ -283,9 +317,12 @@ def adopt(carried: Carried) -> None:
             os.close(fd)
 
 
-def _reopened(file: OpenFile) -> int:
+def _reopened(file: OpenFile, unlinked: dict[tuple[int, int], int]) -> int:
+    """`unlinked`: the files without a name that are there again, and a descriptor of each."""
     if file.contents is None:
         fd = os.open(file.path, file.flags & ~os.O_APPEND if file.flags & os.O_DIRECTORY else file.flags)
+    elif file.file in unlinked:
+        fd = os.open(f"/proc/self/fd/{unlinked[file.file]}", file.flags)
     else:
         made = os.open("/tmp", os.O_TMPFILE | os.O_RDWR, 0o600)
         with os.fdopen(made, "wb", buffering=0) as again:

@@ -192,6 +192,13 @@ def test_a_masked_snapshot_that_cannot_be_kept_says_so_when_it_is_used(box: Box)
         ("import fcntl; f = open('a.txt'); fcntl.flock(f, fcntl.LOCK_EX)", "lock"),
         ("import fcntl; f = open('a.txt', 'r+'); fcntl.lockf(f, fcntl.LOCK_EX)", "lock"),
         ("import os; pid = os.fork() or os._exit(0)", "nobody waited for"),
+        ("import os; n = [open(f'n{i}', 'w').close() for i in range(9)]; it = os.scandir('.'); next(it)", "listing"),
+        ("import os; f = open('n', 'w'); os.chmod('n', 0)", "opened again"),
+        ("import os; f = open('n', 'w'); os.link('n', 'm'); os.remove('n')", "other names"),
+        (
+            "from signal import *; signal(10, print); pthread_sigmask(SIG_BLOCK, [10]); raise_signal(10)",
+            "blocked signal",
+        ),
         ("import os; os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone')", "working directory"),
     ],
 )
@@ -258,6 +265,26 @@ def test_a_temporary_file_without_a_name_is_kept(box: Box) -> None:
     box.python("f.seek(0); f.write(b'SECRET'); f.flush()")
     box.rollback(here)
     assert box.python("f.read()").text == "b'cret'\n"
+
+
+def test_descriptors_of_one_opening_keep_one_offset(box: Box) -> None:
+    box.python("import os; f = open('x', 'wb', buffering=0); g = os.dup(f.fileno()); h = open('x', 'rb', buffering=0)")
+    box.python("f.write(b'ab')")
+    here = box.snapshot()
+    for again in (False, True, True):
+        if again:
+            box.rollback(here)
+        box.python("os.write(g, b'c'); f.write(b'd')")
+        assert box.python("h.read()").text == "b'abcd'\n", "the reader's own offset is 0"
+
+
+def test_two_openings_of_an_unlinked_file_see_one_file(box: Box) -> None:
+    box.python("import os; f = open('u', 'w+b', buffering=0); g = open('u', 'rb'); os.remove('u'); f.write(b'first')")
+    here = box.snapshot()
+    for again in (False, True):
+        if again:
+            box.rollback(here)
+        assert box.python("f.write(b' second'); g.read()").text == "b'first second'\n"
 
 
 def test_what_a_finished_child_said_can_still_be_read(box: Box) -> None:
