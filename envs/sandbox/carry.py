@@ -81,8 +81,8 @@ class Carried:
 
 
 def plain() -> Carried | None:
-    """What a process holds that has no more than a working directory; None while it has a timer or a signal that waits, and
-    where that folder is gone.
+    """What a process holds that has no more than a working directory; None while it has a timer or a signal that
+    waits, and where that folder is gone.
     """
     if signal.sigpending() or any(signal.getitimer(which)[0] for which in _TIMERS):
         return None
