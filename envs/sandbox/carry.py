@@ -168,7 +168,8 @@ def _descriptor(fd: int, carried: Carried, reasons: list[str]) -> None:
     if kind == stat.S_IFIFO and path.startswith("pipe:"):
         carried.pipes.setdefault(found.st_ino, []).append((fd, flags, inheritable))
     elif kind in (stat.S_IFREG, stat.S_IFDIR) and not path.startswith("/proc/"):
-        _file(fd, found, flags, path, inheritable, carried, reasons)
+        if reason := _file(fd, found, flags, path, inheritable, carried):
+            reasons.append(reason)
     elif kind != stat.S_IFCHR:
         reasons.append(f"descriptor {fd} ({path})")
 
@@ -184,47 +185,45 @@ def _closed_or_ours(ends: list[tuple[int, int, bool]]) -> bool:
     return any(event & over for _, event in poll.poll(0))
 
 
-def _file(
-    fd: int, found: os.stat_result, flags: int, path: str, inheritable: bool, carried: Carried, reasons: list[str]
-) -> None:
+def _file(fd: int, found: os.stat_result, flags: int, path: str, inheritable: bool, carried: Carried) -> str:
+    """Carry a file or a folder; why that cannot be, or nothing."""
     if "lock:" in Path(f"/proc/self/fdinfo/{fd}").read_text():
-        reasons.append(f"a lock on {path}")
-        return
-    offset = os.lseek(fd, 0, os.SEEK_CUR)
-    kept = flags & _KEPT_FLAGS
-    if stat.S_ISREG(found.st_mode):
+        return f"a lock on {path}"
+    plain_file, offset, kept = stat.S_ISREG(found.st_mode), os.lseek(fd, 0, os.SEEK_CUR), flags & _KEPT_FLAGS
+    if plain_file:
         kept &= ~os.O_DIRECTORY  # a part of O_TMPFILE
     elif offset:
-        reasons.append(f"the listing of the folder {path}, which is not at its end")
-        return
+        return f"the listing of the folder {path}, which is not at its end"
     contents = None
     if found.st_nlink == 0 or path.endswith(" (deleted)"):
-        if found.st_nlink and stat.S_ISREG(found.st_mode):
-            reasons.append(f"the file {path}, which has other names")
-            return
-        if not stat.S_ISREG(found.st_mode) or found.st_size > MOST_UNLINKED:
-            reasons.append(f"the deleted {'folder' if stat.S_ISDIR(found.st_mode) else 'large file'} {path}")
-            return
+        if found.st_nlink and plain_file:
+            return f"the file {path}, which has other names"
+        if not plain_file or found.st_size > MOST_UNLINKED:
+            return f"the deleted {'large file' if plain_file else 'folder'} {path}"
         contents = Path(f"/proc/self/fd/{fd}").read_bytes()
-    else:
-        try:
-            there = os.stat(path)
-        except OSError:
-            there = None
-        same = there is not None and (there.st_dev, there.st_ino) == (found.st_dev, found.st_ino)
-        if not same and not _same_file(path, found):
-            reasons.append(f"descriptor {fd}, whose file {path} was replaced")
-            return
-        try:
-            os.close(os.open(path, kept))
-            os.close(os.open(path, os.O_RDONLY))
-        except OSError as error:
-            reasons.append(f"descriptor {fd}, whose file {path} cannot be opened again ({error.strerror})")
-            return
+    elif reason := _lost(path, found, kept):
+        return f"descriptor {fd}, whose file {path} {reason}"
     file = (found.st_dev, found.st_ino)
     alike = (other.fd for other in carried.files if (other.file, other.flags, other.offset) == (file, kept, offset))
-    twin = next((other for other in alike if stat.S_ISREG(found.st_mode) and _one_opening(other, fd, offset)), None)
+    twin = next((other for other in alike if plain_file and _one_opening(other, fd, offset)), None)
     carried.files.append(OpenFile(fd, path, kept, offset, inheritable, contents, file, twin))
+    return ""
+
+
+def _lost(path: str, found: os.stat_result, flags: int) -> str:
+    """Why `path` does not lead back to an open file; nothing where it does."""
+    try:
+        there = os.stat(path)
+    except OSError:
+        return "was replaced"
+    if (there.st_dev, there.st_ino) != (found.st_dev, found.st_ino) and not _same_file(path, found):
+        return "was replaced"
+    try:
+        os.close(os.open(path, flags))
+        os.close(os.open(path, os.O_RDONLY))
+    except OSError as error:
+        return f"cannot be opened again ({error.strerror})"
+    return ""
 
 
 def _one_opening(one: int, other: int, offset: int) -> bool:
