@@ -60,6 +60,12 @@ class Step(TypedDict):
     failed: int
 
 
+AROUND = 9
+"""How many steps a step is counted as the median of: what else a machine does for a while does not count then, and
+what a step itself costs, which changes as the policy gets better, does.
+"""
+
+
 @dataclass(frozen=True)
 class Arm:
     """One contender's training. `steps` are all of them, `adapters` the saved ones by step (None: the base still)."""
@@ -71,9 +77,21 @@ class Arm:
     adapters: dict[int, Path | None]
 
     @property
+    def durations(self) -> list[float]:
+        """Of each step, seconds."""
+        return [b - a for a, b in pairwise([0.0, *(row["seconds"] for row in self.steps)])]
+
+    @property
     def seconds_a_step(self) -> float:
         """The median over its steps."""
-        return median(b - a for a, b in pairwise([0.0, *(row["seconds"] for row in self.steps)]))
+        return median(self.durations)
+
+    @property
+    def clock(self) -> dict[int, float]:
+        """Seconds until the end of each step, each counted as the median of the `AROUND` steps around it."""
+        durations, half = self.durations, AROUND // 2
+        smooth = [median(durations[max(0, at - half) : at + half + 1]) for at in range(len(durations))]
+        return {row["step"]: sum(smooth[: at + 1]) for at, row in enumerate(self.steps)}
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 Always true: a contender trains in a process of its own, alone on the machine, at the settings that this run's sweep
 found fastest for it; the order of the two turns with every seed; the clock counts sampling and updates and nothing of
-set-up or evaluation, and every step of an arm as its median step, so that what else the machine did for a while does
-not count; held-out pass@1 is measured afterwards, from the adapters that both left, by one evaluator, on the
+set-up or evaluation, and every step of an arm as the median of the nine around it, so that what else the machine did
+for a while does not count; held-out pass@1 is measured afterwards, from the adapters that both left, by one evaluator, on the
 same tasks with the same random keys. The target is the middle between the base and the final pass@1 of the weaker of
 the two, so both get there.
 
@@ -151,11 +151,11 @@ def measure(bench: _bench.Bench, plan: Plan, adapters: Sequence[Path | None], ke
 
 
 def curve(bench: _bench.Bench, plan: Plan, arm: Arm, base_pass1: float, *, wall: bool = False) -> list[Point]:
-    """pass@1 over training seconds, by the arm's median step or by the `wall`'s clock, from the base at 0 seconds on."""
+    """pass@1 over training seconds, by the arm's smooth clock or by the `wall`'s, from the base at 0 seconds on."""
     key = {"contender": arm.name, "seed": arm.seed, "settings": arm.settings, "steps": list(arm.adapters)}
     trained = {step: folder for step, folder in arm.adapters.items() if folder is not None}
     found = dict(zip(trained, measure(bench, plan, list(trained.values()), key), strict=True)) if trained else {}
-    seconds = {row["step"]: row["seconds"] if wall else row["step"] * arm.seconds_a_step for row in arm.steps}
+    seconds = {row["step"]: row["seconds"] for row in arm.steps} if wall else arm.clock
     return [(0.0, base_pass1), *((seconds[step], found.get(step, base_pass1)) for step in arm.adapters)]
 
 

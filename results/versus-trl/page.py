@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import _bench
-from comparison import NAMES, Arm, Outcome, Plan, settings_said
+from comparison import AROUND, NAMES, Arm, Outcome, Plan, settings_said
 
 
 def plot(outcomes: Sequence[Outcome], path: Path) -> None:
@@ -95,8 +95,8 @@ stops if they differ. Both end an episode at `submit`: TRL has no way for an env
 template reads a turn that submits as the last.
 
 The clock counts sampling, updates, and for Espalier also storing and serving every version; set-up (loading, making
-tasks) and evaluation are not in it. Every step counts as the median step of its arm, so that what else the machine did
-for a while does not; by the wall's clock the ratio is {found.get("time_ratio_wall", float("nan")):.1f}. Training stops after {plan.steps} steps or {plan.cap_s:g} s. Both leave an adapter
+tasks) and evaluation are not in it. Every step counts as the median of the {AROUND} around it, so that what else the machine
+did for a while does not; by the wall's clock the ratio is {found.get("time_ratio_wall", float("nan")):.1f}. Training stops after {plan.steps} steps or {plan.cap_s:g} s. Both leave an adapter
 every {plan.save_every} steps, and each is measured afterwards by the same evaluator: {plan.tasks} held-out tasks,
 sampled at temperature 1, the same random keys. Between two adapters pass@1 is taken to lie on a straight line.
 

@@ -92,6 +92,15 @@ def test_what_else_the_machine_did_for_a_while_does_not_count(comparison):
     assert comparison.Arm("trl", 0, {}, steps, {}).seconds_a_step == 2.0
 
 
+def test_a_step_counts_as_the_steps_around_it(comparison):
+    """Steps that grow dearer count as what they cost; one that took long by chance does not."""
+    cheap, dear = [1.0] * 20, [3.0] * 20
+    spent = [*cheap[:5], 50.0, *cheap[6:], *dear]
+    steps = [comparison.Step(step=n + 1, seconds=sum(spent[: n + 1]), reward=0.0, failed=0) for n in range(40)]
+    clock = comparison.Arm("trl", 0, {}, steps, {}).clock
+    assert [clock[n] for n in (1, 10, 20, 40)] == [1.0, 10.0, 20.0, 80.0]
+
+
 # ---- what TRL is given
 
 
@@ -220,7 +229,7 @@ def test_a_quick_run_trains_both_and_measures_them(tmp_path):
     for run in arms.values():
         first, second = (step["seconds"] for step in run["steps"])
         assert 0 < first < second
-        by_median = [0.0, second / 2, second]  # of two steps, the median is the mean
+        by_median = [0.0, second / 2, second]  # of two steps, each is their mean
         assert [point[0] for point in run["curve"]] == pytest.approx(by_median)
     assert str(tmp_path) not in json.dumps(found)
     assert not (HERE.parent / "versus-trl" / "out.json").exists()
