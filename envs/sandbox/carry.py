@@ -249,12 +249,14 @@ def _same_file(path: str, found: os.stat_result) -> bool:
 
 def _shared_maps(carried: Carried, reasons: list[str]) -> None:
     deleted_files = any(file.contents is not None for file in carried.files)
-    for start, end, protection, offset, path in maps.shared("/proc/self/maps"):
+    found = maps.shared("/proc/self/maps")
+    names = [name for *_, name in found]
+    for start, end, protection, offset, path in found:
         unlinked = False
         if path.startswith("/dev/zero") or path == "":
             path = ""
         elif path.endswith(" (deleted)"):
-            if deleted_files or not _readable(start, end - start):
+            if deleted_files or names.count(path) > 1 or not _readable(start, end - start):
                 reasons.append(f"shared memory of the deleted file {path}")
                 continue
             path, unlinked = "", True

@@ -69,6 +69,22 @@ def test_a_chain_through_merges_keeps_every_state(boxes_work: None, workspace: P
             assert _walk(box) == seen[n], n
 
 
+def test_a_long_lineage_holds_what_it_uses_of_what_it_reserved(boxes_work: None, workspace: Path) -> None:
+    """A BLAS reserves a gigabyte. Fresh pages (see `renew`) are made of those that are there, and keep what they hold."""
+    reserve = "far = mmap.mmap(-1, 1 << 30, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)"
+    with Box(workspace, Limits(snapshots=8)) as box:
+        box.python(f"import mmap; {reserve}; far[0] = 1; far[300 << 20] = 2; far[-1] = 3")
+        here = box.snapshot()
+        for level in range(14):
+            box.rollback(here)
+            assert box.python(f"far[{level} << 22] += 1; far[0], far[300 << 20], far[-1]").status == 0
+            here = box.snapshot()
+            time.sleep(0.05)
+        assert box.python("far[0], far[300 << 20], far[-1], far[13 << 22], far[14 << 22]").text == "(2, 2, 3, 1, 0)\n"
+        held = [process.memory_info().rss for process in psutil.Process().children(recursive=True)]
+    assert max(held) < 256 << 20
+
+
 @pytest.mark.parametrize("levels", [25, pytest.param(300, marks=pytest.mark.long)])
 def test_rollback_upon_rollback_goes_as_deep_as_one_likes(boxes_work: None, workspace: Path, levels: int) -> None:
     with Box(workspace, Limits(snapshots=8)) as box:
