@@ -10,9 +10,11 @@ written.
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import gc
 import os
+import resource
 import select
 import signal
 import stat
@@ -56,8 +58,8 @@ class OpenFile:
 
 @dataclass(frozen=True)
 class SharedMap:
-    """One shared mapping: of a file (`path`, from `offset`), or of memory only (no path). `unlinked`: of a file that
-    nothing but this mapping leads to, as a semaphore is; it becomes memory only.
+    """One shared mapping: of a file (`path`, from `offset`), or of memory only (no path). `unlinked`: a semaphore's,
+    whose file nothing but this mapping leads to; it becomes memory only.
     """
 
     start: int
@@ -107,9 +109,11 @@ def inspect(own: frozenset[int]) -> tuple[Carried, list[str]]:
         carried.cwd = os.getcwd()
     except OSError:
         reasons.append("the working directory was deleted")
-    for fd in sorted(int(word) for word in os.listdir("/proc/self/fd")):
-        if fd not in own:
-            _descriptor(fd, carried, reasons)
+    open_now = sorted({int(word) for word in os.listdir("/proc/self/fd")} - own)
+    if locks := [reason for fd in open_now if (reason := _held(fd))]:  # closing any descriptor of a file ends its locks
+        return carried, [*reasons, *locks]
+    for fd in open_now:
+        _descriptor(fd, carried, reasons)
     for inode, ends in carried.pipes.items():
         if not _closed_or_ours(ends):
             reasons.append(f"pipe {inode}, whose other end is outside the interpreter")
@@ -121,7 +125,7 @@ def inspect(own: frozenset[int]) -> tuple[Carried, list[str]]:
         pass
     carried.timers = [signal.getitimer(which) for which in _TIMERS]
     if waiting := signal.sigpending():
-        reasons.append(f"a blocked signal that waits ({min(waiting).name})")
+        reasons.append(f"a blocked signal that waits (number {min(waiting):d})")
     return carried, reasons
 
 
@@ -157,6 +161,18 @@ def _children(reasons: list[str]) -> None:
             reasons.append(f"the finished process {pid}, which nobody waited for")
 
 
+def _held(fd: int) -> str:
+    """What cannot be carried of a descriptor whatever it leads to, or nothing. Opens and closes nothing but that."""
+    try:
+        locked = "lock:" in Path(f"/proc/self/fdinfo/{fd}").read_text()
+        path = os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:  # the one that listed the folder
+        return ""
+    if locked:
+        return f"a lock on {path}"
+    return f"descriptor {fd}, above its limit" if fd >= resource.getrlimit(resource.RLIMIT_NOFILE)[0] else ""
+
+
 def _descriptor(fd: int, carried: Carried, reasons: list[str]) -> None:
     try:
         found, flags = os.fstat(fd), fcntl.fcntl(fd, fcntl.F_GETFL)
@@ -187,13 +203,11 @@ def _closed_or_ours(ends: list[tuple[int, int, bool]]) -> bool:
 
 def _file(fd: int, found: os.stat_result, flags: int, path: str, inheritable: bool, carried: Carried) -> str:
     """Carry a file or a folder; why that cannot be, or nothing."""
-    if "lock:" in Path(f"/proc/self/fdinfo/{fd}").read_text():
-        return f"a lock on {path}"
     plain_file, offset, kept = stat.S_ISREG(found.st_mode), os.lseek(fd, 0, os.SEEK_CUR), flags & _KEPT_FLAGS
     if plain_file:
         kept &= ~os.O_DIRECTORY  # a part of O_TMPFILE
     elif offset:
-        return f"the listing of the folder {path}, which is not at its end"
+        return f"the listing of the folder {path}, which has begun"
     contents = None
     if found.st_nlink == 0 or path.endswith(" (deleted)"):
         if found.st_nlink and plain_file:
@@ -248,15 +262,14 @@ def _same_file(path: str, found: os.stat_result) -> bool:
 
 
 def _shared_maps(carried: Carried, reasons: list[str]) -> None:
-    deleted_files = any(file.contents is not None for file in carried.files)
     found = maps.shared("/proc/self/maps")
-    names = [name for *_, name in found]
-    for start, end, protection, offset, path in found:
+    inodes = [inode for *_, inode, _ in found]
+    for start, end, protection, offset, inode, path in found:
         unlinked = False
         if path.startswith("/dev/zero") or path == "":
             path = ""
         elif path.endswith(" (deleted)"):
-            if deleted_files or names.count(path) > 1 or not _readable(start, end - start):
+            if inodes.count(inode) > 1 or not _semaphore(path, inode, carried):
                 reasons.append(f"shared memory of the deleted file {path}")
                 continue
             path, unlinked = "", True
@@ -266,15 +279,14 @@ def _shared_maps(carried: Carried, reasons: list[str]) -> None:
         carried.maps.append(SharedMap(start, end - start, protection, path, offset, unlinked))
 
 
-def _readable(start: int, size: int) -> bool:
-    """Whether all of it can be copied: a file may have become shorter than its mapping."""
-    if size > MOST_UNLINKED:
+def _semaphore(path: str, inode: int, carried: Carried) -> bool:
+    """Whether it is the memory of a C library's semaphore that nothing else leads to. A named one is made under another
+    name, which is removed: its mapping is of a deleted file too.
+    """
+    if not path.startswith(("/tmp/shm/sem.", "/dev/shm/sem.")) or any(f.file[1] == inode for f in carried.files):
         return False
-    with open("/proc/self/mem", "rb", buffering=0) as memory:
-        try:
-            return len(os.pread(memory.fileno(), size, start)) == size
-        except OSError:
-            return False
+    with os.scandir(os.path.dirname(path)) as names:
+        return all(name.stat(follow_symlinks=False).st_ino != inode for name in names)
 
 
 def settle(carried: Carried) -> None:
@@ -327,7 +339,8 @@ def _reopened(file: OpenFile, unlinked: dict[tuple[int, int], int]) -> int:
     else:
         made = os.open("/tmp", os.O_TMPFILE | os.O_RDWR, 0o600)
         with os.fdopen(made, "wb", buffering=0) as again:
-            again.write(file.contents)
+            if again.write(file.contents) != len(file.contents):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.path)
             fd = os.open(f"/proc/self/fd/{made}", file.flags)
     if file.offset:
         os.lseek(fd, file.offset, os.SEEK_SET)

@@ -10,8 +10,8 @@ import os
 import struct
 from pathlib import Path
 
-Mapping = tuple[int, int, int, int, str]
-"""Start, end, protection, offset in the file, name of the file."""
+Mapping = tuple[int, int, int, int, int, str]
+"""Start, end, protection, offset in the file, its inode and its name."""
 
 _libc = ctypes.PyDLL(None, use_errno=True)
 
@@ -23,7 +23,7 @@ def shared(path: str) -> list[Mapping]:
             found = _queried(listing.fileno())
         except OSError:
             found = _listed(listing.read())
-    return [m for m in found if m[2] & 2 or not m[4].startswith("/") or m[4].startswith(("/workspace/", "/tmp/"))]
+    return [m for m in found if m[2] & 2 or not m[5].startswith("/") or m[5].startswith(("/workspace/", "/tmp/"))]
 
 
 def _queried(fd: int) -> list[Mapping]:
@@ -41,9 +41,9 @@ def _queried(fd: int) -> list[Mapping]:
             if number == 2:  # ENOENT: no further one
                 return found
             raise OSError(number, os.strerror(number))
-        start, end, flags, _page, offset = struct.unpack_from("QQQQQ", query, 24)
+        start, end, flags, _page, offset, inode = struct.unpack_from("QQQQQQ", query, 24)
         path = os.fsdecode(name.value) if struct.unpack_from("I", query, 80)[0] else ""
-        found.append((start, end, flags & 7, offset, path))
+        found.append((start, end, flags & 7, offset, inode, path))
         at = end
 
 
@@ -51,8 +51,9 @@ def _listed(text: bytes) -> list[Mapping]:
     found = []
     for line in text.splitlines():
         if line.split(b" ", 2)[1][3:4] == b"s":
-            place, rights, offset, _device, _inode, *name = line.split(None, 5)
+            place, rights, offset, _device, inode, *name = line.split(None, 5)
             start, end = (int(part, 16) for part in place.split(b"-"))
             protection = sum(bit for mark, bit in ((b"r", 1), (b"w", 2), (b"x", 4)) if mark in rights)
-            found.append((start, end, protection, int(offset, 16), os.fsdecode(name[0]) if name else ""))
+            file = os.fsdecode(name[0]) if name else ""
+            found.append((start, end, protection, int(offset, 16), int(inode), file))
     return found

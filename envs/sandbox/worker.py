@@ -198,7 +198,7 @@ def _freeze(connection: socket.socket, other: int, fork: Fork) -> socket.socket:
     sys.stdout.flush()
     try:
         carried, reasons = carry.inspect(frozenset((connection.fileno(), other)))
-    except OSError as error:
+    except Exception as error:  # whatever it is, the guest goes on
         carried, reasons = carry.Carried(), [f"a process that cannot be looked into ({error})"]
     child = -1
     if not reasons:

@@ -195,10 +195,10 @@ def test_a_masked_snapshot_that_cannot_be_kept_says_so_when_it_is_used(box: Box)
         ("import os; n = [open(f'n{i}', 'w').close() for i in range(9)]; it = os.scandir('.'); next(it)", "listing"),
         ("import os; f = open('n', 'w'); os.chmod('n', 0)", "opened again"),
         ("import os; f = open('n', 'w'); os.link('n', 'm'); os.remove('n')", "other names"),
-        (
-            "from signal import *; signal(10, print); pthread_sigmask(SIG_BLOCK, [10]); raise_signal(10)",
-            "blocked signal",
-        ),
+        ("from signal import *; pthread_sigmask(SIG_BLOCK, [10]); raise_signal(10)", "blocked signal"),
+        ("from signal import *; pthread_sigmask(SIG_BLOCK, [40]); raise_signal(40)", "blocked signal"),
+        ("import _multiprocessing as m; lock = m.SemLock(1, 3, 3, '/named', False)", "deleted file"),
+        ("import os, resource as r; f = open('n', 'w'); os.dup2(f.fileno(), 99); r.setrlimit(7, (50, 50))", "limit"),
         ("import os; os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone')", "working directory"),
     ],
 )
@@ -313,6 +313,26 @@ def test_a_semaphore_is_kept(box: Box) -> None:
         box.rollback(state)
         assert box.python("lock.get_value()").text == f"{value}\n"
         box.python("lock.acquire()")
+
+
+TRY_LOCK = """
+import fcntl, sys
+try:
+    fcntl.lockf(open('a.txt', 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    print('held')
+"""
+
+
+@pytest.mark.parametrize("locked", ["f", "g"])
+def test_a_refused_snapshot_leaves_locks_as_they_are(box: Box, locked: str) -> None:
+    """A process loses its locks on a file with any descriptor of it that it closes."""
+    box.write_file("try.py", TRY_LOCK.encode())
+    box.python(f"import fcntl; f = open('a.txt', 'r+'); g = open('a.txt', 'r+'); fcntl.lockf({locked}, fcntl.LOCK_EX)")
+    for _ in range(2):
+        with pytest.raises(SnapshotIncomplete, match="lock"):
+            box.snapshot()
+        assert box.shell("python3 try.py").text == "held\n"
 
 
 @pytest.mark.parametrize("more", ["", "; f.truncate(4096); f.close()", "; n = mmap.mmap(f.fileno(), 0); f.close()"])
