@@ -178,8 +178,8 @@ def _build() -> argparse.ArgumentParser:
 
     evaluate = command("eval", commands.evaluate, "measure a policy on held-out tasks")
     evaluate.add_argument("--policy", metavar="VERSION", help="number in the run, base, latest, or an adapter folder")
-    evaluate.add_argument("--tasks", metavar="DIR", help="a SpreadsheetBench folder or a Spreadsheet-RL parquet file")
-
+    tasks = "a SpreadsheetBench folder or a Spreadsheet-RL parquet file; a folder of coding tasks"
+    evaluate.add_argument("--tasks", metavar="DIR", help=tasks)
     evaluate.add_argument("--samples", type=int, default=1, metavar="K", help="episodes a task, for pass@k")
     protocols = ["solution_once_apply_3", "agent_per_workbook"]
     evaluate.add_argument("--protocol", choices=protocols, default=protocols[0], help="how several workbooks count")

@@ -98,6 +98,8 @@ class Display:
         grid.add_column()
         step = int(self._train.get("step") or 0)
         grid.add_row("phase", self._phase)
+        if self._tasks:
+            grid.add_row("tasks", Text(self._tasks))
         grid.add_row("step", Group(Text(f"{step} of {self._steps}"), ProgressBar(self._steps, step, width=40)))
         if self._rewards:
             grid.add_row("reward", Text(f"{self._rewards[-1]:.3f}  {sparkline(self._rewards, 40)}"))

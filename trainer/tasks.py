@@ -10,8 +10,9 @@ import hashlib
 import math
 import random
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from ..configs.schema import EnvSection
@@ -51,14 +52,18 @@ def read(section: EnvSection, split: Literal["train", "test", "all"], seed: int,
         for task, note in found.notes:
             noted[task] = f"{noted[task]}; {note}" if task in noted else note
         return Data(found.name, found.sha256, list(found), dict(found.dropped), noted)
-    own: list[Task]
     if section.id == CODE_SANDBOX:
         from ..envs.coding.datasets import load_tasks as load_code_tasks
 
-        own = list(load_code_tasks(section.tasks, split=split, seed=seed, count=count))
-    else:
-        own = [Task(f"{split}-{seed}-{number}", "") for number in range(count)]
-    return Data(f"{section.id} {split}", hashlib.sha256(repr(own).encode()).hexdigest(), own, {}, {})
+        code = load_code_tasks(section.tasks, split=split, seed=seed, count=count)
+        source = section.id if section.tasks == "generated" else Path(section.tasks).name
+        return Data(f"{source} {split}", _digest(task.digest for task in code), code, {}, {})
+    own = [Task(f"{split}-{seed}-{number}", "") for number in range(count)]
+    return Data(f"{section.id} {split}", _digest(task.id for task in own), own, {}, {})
+
+
+def _digest(words: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(words).encode()).hexdigest()
 
 
 def load(section: EnvSection, split: Literal["train", "test"], seed: int, count: int) -> Sequence[Task]:

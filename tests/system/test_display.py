@@ -24,6 +24,16 @@ def test_a_terminal_sees_a_panel_with_what_matters(rows):
     assert "\x1b[" in out
 
 
+def test_both_say_which_tasks_are_left_out(rows):
+    row = {"kind": "tasks", "train": 1200, "held_out": 40, "dropped": {"a7": "no answer"}, "noted": {}}
+    for terminal in (True, False):
+        out, panel = shown([row, *rows], terminal)
+        said = panel if terminal else out
+        assert "1,200 tasks to train on, 40 held out; 1 left out, the first: a7: no answer" in " ".join(
+            said.replace("│", " ").split()
+        )
+
+
 def test_elsewhere_there_are_plain_lines_one_an_event(rows):
     out, _ = shown(rows, terminal=False)
     assert "\x1b" not in out

@@ -1,6 +1,7 @@
 """Drawing tasks, alarms and the metrics file."""
 
 import json
+import shutil
 from collections import Counter
 
 import pytest
@@ -10,7 +11,7 @@ from espalier.envs.core import Task
 from espalier.trainer.alarms import check
 from espalier.trainer.errors import UserError
 from espalier.trainer.metrics import Recorder
-from espalier.trainer.tasks import draw, load
+from espalier.trainer.tasks import draw, load, read
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -50,6 +51,22 @@ def test_a_task_never_seen_is_taken_to_be_as_hard_as_its_family():
     for step in range(200):
         drawn.update(t.family for t in draw(tasks, 5, seed=0, step=step, stats=stats))
     assert drawn["half"] > 0.7 * 1000 and min(drawn.values()) > 20
+
+
+def test_a_folder_of_coding_tasks_is_known_by_what_is_in_it(tmp_path):
+    one = tmp_path / "mine" / "task-1"
+    for name, text in (("instruction.md", "Mend it."), ("workspace/m.py", "a = 1"), ("tests/test_m.py", "import m")):
+        (one / name).parent.mkdir(parents=True, exist_ok=True)
+        (one / name).write_text(text)
+
+    def found(folder):
+        return read(EnvSection(id="espalier/CodeSandbox-v0", tasks=str(folder)), "all", 0, 10)
+
+    first = found(tmp_path / "mine")
+    copied = found(shutil.copytree(tmp_path / "mine", tmp_path / "again" / "mine"))
+    assert (first.name, first.sha256, len(first.tasks)) == ("mine all", copied.sha256, 1)
+    (one / "workspace" / "m.py").write_text("a = 2")
+    assert found(tmp_path / "mine").sha256 != first.sha256
 
 
 def test_tasks_of_any_environment_come_from_seeds():
