@@ -162,7 +162,7 @@ def _children(reasons: list[str]) -> None:
 
 
 def _held(fd: int) -> str:
-    """What cannot be carried of a descriptor whatever it leads to, or nothing. Opens and closes nothing but that."""
+    """What cannot be carried of a descriptor, whatever it leads to, or nothing. Opens no file."""
     try:
         locked = "lock:" in Path(f"/proc/self/fdinfo/{fd}").read_text()
         path = os.readlink(f"/proc/self/fd/{fd}")
@@ -269,7 +269,7 @@ def _shared_maps(carried: Carried, reasons: list[str]) -> None:
         if path.startswith("/dev/zero") or path == "":
             path = ""
         elif path.endswith(" (deleted)"):
-            if inodes.count(inode) > 1 or not _semaphore(path, inode, carried):
+            if inodes.count(inode) > 1 or not (_semaphore(path, inode, carried) and _readable(start, end - start)):
                 reasons.append(f"shared memory of the deleted file {path}")
                 continue
             path, unlinked = "", True
@@ -287,6 +287,15 @@ def _semaphore(path: str, inode: int, carried: Carried) -> bool:
         return False
     with os.scandir(os.path.dirname(path)) as names:
         return all(name.stat(follow_symlinks=False).st_ino != inode for name in names)
+
+
+def _readable(start: int, size: int) -> bool:
+    """Whether all of it can be copied: its file may have become shorter."""
+    with open("/proc/self/mem", "rb", buffering=0) as memory:
+        try:
+            return len(os.pread(memory.fileno(), size, start)) == size
+        except OSError:
+            return False
 
 
 def settle(carried: Carried) -> None:

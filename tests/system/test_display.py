@@ -61,7 +61,7 @@ def test_rows_with_missing_or_odd_fields_never_stop_a_run(train_row):
     draw = random.Random(0)
     for _ in range(200):
         row = {key: draw.choice([value, None]) for key, value in train_row(1).items()}
-        row["kind"] = draw.choice(["train", "eval", "phase", "alarm", "else"])
+        row["kind"] = draw.choice(["train", "eval", "phase", "alarm", "tasks", "else"])
         row.pop(draw.choice(sorted(set(row) - {"kind"})))
         shown([row], terminal=False)
 
