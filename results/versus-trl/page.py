@@ -118,7 +118,7 @@ Espalier's median step over its first {plan.part_steps} steps, seed 0, each in a
 
 ## Settings
 
-Each ran at the fastest of these (seconds a step behind the first, seed 0):
+Each ran at the fastest of these (seconds of the step behind the first, one of each, seed 0):
 
 | contender | settings | seconds a step |
 |---|---|---|

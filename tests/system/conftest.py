@@ -1,6 +1,7 @@
 """A run folder made of real parts: real tasks played in the real environment, stored in the real store."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,19 @@ ROOT = Path(__file__).resolve().parents[2]
 def root():
     """The checkout."""
     return ROOT
+
+
+@pytest.fixture
+def bench_alone(tmp_path):
+    """`bench_alone(NAME)`: a folder with that benchmark and what benchmarks share, for its process to run in."""
+
+    def copy(name):
+        shutil.copytree(ROOT / "results" / name, tmp_path / "results" / name)
+        for shared in (ROOT / "results").glob("_*.py"):
+            shutil.copy(shared, tmp_path / "results")
+        return tmp_path
+
+    return copy
 
 
 def train_row(step, **more):

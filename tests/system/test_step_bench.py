@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -96,16 +95,13 @@ def test_the_work_on_a_card_is_the_recipe_s_model_and_fits_80_gb(modules, monkey
 
 
 @pytest.mark.long
-def test_a_quick_run_gives_every_figure(tmp_path):
-    for name in ("_bench.py", "step"):
-        source, target = ROOT / "results" / name, tmp_path / "results" / name
-        target.parent.mkdir(exist_ok=True)
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
+def test_a_quick_run_gives_every_figure(bench_alone):
+    folder = bench_alone("step")
     command = [sys.executable, "-P", "-m", "espalier.trainer.cli", "bench", "step", "--quick", "--json", "out.json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280, env=environment)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((tmp_path / "out.json").read_text())
+    found = json.loads((folder / "out.json").read_text())
     figures, [run] = found["figures"], found["runs"]
     [step] = run["steps"]
     assert sum(figures[f"seconds_{name}"] for name in PHASES) <= figures["step_seconds"] + 1e-3
@@ -117,8 +113,8 @@ def test_a_quick_run_gives_every_figure(tmp_path):
     assert step["groups_used"] == 2 and step["groups_no_signal"] == 0 and step["grad_norm"] > 0
     assert step["trained_tokens"] == step["sampled_tokens"] == 4 * 8, "every turn is as long as it may be, and trained"
     assert figures["trained_tok_s"] < figures["processed_tok_s"]
-    assert not list((tmp_path / "runs" / "bench" / "step").glob("*/")), "the base's weights are gone"
-    assert str(tmp_path) not in json.dumps(found)
+    assert not list((folder / "runs" / "bench" / "step").glob("*/")), "the base's weights are gone"
+    assert str(folder) not in json.dumps(found)
 
 
 def test_the_card_s_memory_is_watched_while_a_run_lasts(modules, monkeypatch):

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -84,17 +83,14 @@ def test_operations_are_those_that_torch_counts(modules):
         assert counter.get_total_flops() == pytest.approx(expected, rel=0.05)
 
 
-def test_a_quick_run_gives_every_figure(tmp_path):
-    for name in ("_bench.py", "tree"):
-        source, target = ROOT / "results" / name, tmp_path / "results" / name
-        target.parent.mkdir(exist_ok=True)
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
+def test_a_quick_run_gives_every_figure(bench_alone):
+    folder = bench_alone("tree")
     command = [sys.executable, "-P", "-m", "espalier.trainer.cli", "bench", "tree", "--quick", "--json", "out.json"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((tmp_path / "out.json").read_text())
+    found = json.loads((folder / "out.json").read_text())
     assert set(found["figures"]) >= FIGURES
     assert found["figures"]["grad_error_max"] <= 1e-5
     assert found["figures"]["processed_over_unique_max"] <= 1.1
     assert found["figures"]["activations_bin16"] >= 3.5
-    assert str(tmp_path) not in json.dumps(found)
+    assert str(folder) not in json.dumps(found)

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -204,10 +203,8 @@ def test_prompts_are_compared_before_training(contender, tmp_path, tasks, render
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-def test_a_quick_run_trains_both_and_measures_them(tmp_path):
-    shutil.copytree(ROOT / "results" / "versus-trl", tmp_path / "results" / "versus-trl")
-    for shared in (ROOT / "results").glob("_*.py"):
-        shutil.copy(shared, tmp_path / "results")
+def test_a_quick_run_trains_both_and_measures_them(bench_alone):
+    folder = bench_alone("versus-trl")
     command = [
         sys.executable,
         "-P",
@@ -219,9 +216,9 @@ def test_a_quick_run_trains_both_and_measures_them(tmp_path):
         "--json",
         "out.json",
     ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1700)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=1700)
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "out.json").read_text())
+    found = json.loads((folder / "out.json").read_text())
     assert {"base_pass1", "final_pass1_espalier", "final_pass1_trl", "steps"} <= set(found["figures"])
     assert found["figures"]["steps_espalier"] == found["figures"]["steps_trl"] == 2
     arms = {run["contender"]: run for run in found["runs"]}
@@ -231,8 +228,8 @@ def test_a_quick_run_trains_both_and_measures_them(tmp_path):
         assert 0 < first < second
         by_median = [0.0, second / 2, second]  # of two steps, each is their mean
         assert [point[0] for point in run["curve"]] == pytest.approx(by_median)
-    assert str(tmp_path) not in json.dumps(found)
+    assert str(folder) not in json.dumps(found)
     assert not (HERE.parent / "versus-trl" / "out.json").exists()
 
-    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    again = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0 and "training:" in done.stdout and "training:" not in again.stdout
