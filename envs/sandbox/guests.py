@@ -168,12 +168,12 @@ def is_plain(guest: Guest, known: Container[int]) -> bool:
         return False
 
 
-def freeze(home: Home, layers: Layers, guest: Guest, number: int, plain: bool) -> Template:
-    """Leave a frozen copy of `guest`, which goes on in new layers where it had written to its own. Raises `Refused`
-    (it goes on as it was), `GuestGone`.
+def freeze(home: Home, layers: Layers, guest: Guest, number: int, plain: bool, known: Container[int]) -> Template:
+    """Leave a frozen copy of `guest`, which goes on in new layers where it had written to its own. `known`: guests and
+    frozen copies; the guest's branch has no other process whose parent is gone. Raises `Refused` (it goes on as it
+    was), `GuestGone`.
     """
     connection = guest.connection
-    before = set(processes.children_of(1))
     ours, theirs = _pair()
     with theirs:
         _ask(connection, FREEZE if plain else encode({"op": "freeze"}), theirs)
@@ -189,7 +189,7 @@ def freeze(home: Home, layers: Layers, guest: Guest, number: int, plain: bool) -
             raise Refused(_reasons(told))
         if not plain and (frozen := _heard(ours)[0]).get("op") != "frozen":
             raise GuestGone("its copy failed: " + "; ".join(_reasons(frozen)))
-        pid = _newborn(before, guest)
+        pid = _newborn(known, guest)
         if no_room is not None:
             _go_on_without(guest, pid, plain)
             raise Refused([f"no room for another layer ({no_room.strerror})"])
@@ -383,10 +383,10 @@ def _told_number(connection: socket.socket) -> int:
     return pid
 
 
-def _newborn(before: set[int], guest: Guest) -> int:
-    """The one child of the guest's branch that was not there before: a frozen copy, whatever the guest says."""
+def _newborn(known: Container[int], guest: Guest) -> int:
+    """The one child of the guest's branch that is not known: a frozen copy, whatever the guest says."""
     space = processes.namespace_of(guest.pid)
-    born = [pid for pid in processes.children_of(1) if pid not in before and processes.namespace_of(pid) == space]
+    born = [pid for pid in processes.children_of(1) if pid not in known and processes.namespace_of(pid) == space]
     if len(born) != 1:
         raise GuestGone("the process in the box broke the protocol")
     return born[0]

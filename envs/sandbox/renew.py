@@ -31,6 +31,7 @@ import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 _X86 = bytes.fromhex(
     "41574989f741564155415455534885f60f8eb20000004889fb4531e441be0900000041bd03000000eb5f660f1f440000488b33488b4b084889c7"
@@ -45,8 +46,29 @@ _STRIDE = 1 << 20
 """Bytes of an area that are copied or left alone together: a BLAS reserves a gigabyte and uses little of it."""
 
 
+class Area(NamedTuple):
+    """Private memory that can be replaced by a copy of itself. `own`: bytes that no file backs; `inode`: of the file
+    behind the others, "0" for none.
+    """
+
+    start: int
+    size: int
+    protection: int
+    own: int
+    inode: bytes
+
+
 def refresh() -> int:
     """Replace what is used of this process's private areas by copies; in how many parts. Needs one thread."""
+    areas = private()
+    with Path("/proc/self/pagemap").open("rb", buffering=0) as pages:
+        return replace([part for area in areas for part in _used(pages.fileno(), area)])
+
+
+def replace(parts: list[tuple[int, int, int]]) -> int:
+    """Put a copy in the place of each part, one area whatever it was before: (start, size, protection). How many were
+    replaced. Needs one thread, and no signal's handler may run meanwhile.
+    """
     code = _CODE.get(os.uname().machine)
     if code is None:
         return 0
@@ -54,15 +76,13 @@ def refresh() -> int:
     page.write(code)
     address = ctypes.addressof(ctypes.c_char.from_buffer(page))
     call = ctypes.PYFUNCTYPE(ctypes.c_long, ctypes.c_void_p, ctypes.c_long)(address)
-    text = Path("/proc/self/smaps").read_bytes()
-    with Path("/proc/self/pagemap").open("rb", buffering=0) as pages:
-        areas = [part for area in _private(text) for part in _used(pages.fileno(), *area)]
-    listed = ctypes.create_string_buffer(b"".join(struct.pack("QQQ", *area) for area in areas))
-    return int(call(ctypes.addressof(listed), len(areas)))
+    listed = ctypes.create_string_buffer(b"".join(struct.pack("QQQ", *part) for part in parts))
+    return int(call(ctypes.addressof(listed), len(parts)))
 
 
-def _used(pages: int, start: int, size: int, protection: int) -> Iterator[tuple[int, int, int]]:
+def _used(pages: int, area: Area) -> Iterator[tuple[int, int, int]]:
     """The parts of an area that have pages (in memory or swapped out), as the kernel's `pagemap` says."""
+    start, size, protection, *_ = area
     marks = os.pread(pages, size // mmap.PAGESIZE * 8, start // mmap.PAGESIZE * 8)[7::8]  # the top byte of each entry
     at, step = 0, _STRIDE // mmap.PAGESIZE
     while at < len(marks):
@@ -74,23 +94,21 @@ def _used(pages: int, start: int, size: int, protection: int) -> Iterator[tuple[
         at = end + step if end < len(marks) else end
 
 
-def _private(smaps: bytes) -> list[tuple[int, int, int]]:
-    """Areas with pages of their own: (start, size, protection)."""
-    found: list[tuple[int, int, int]] = []
-    area: tuple[int, int, int] | None = None
-    own = False
-    for line in smaps.splitlines():
+def private() -> list[Area]:
+    """This process's areas with pages of their own."""
+    found: list[Area] = []
+    area: Area | None = None
+    for line in Path("/proc/self/smaps").read_bytes().splitlines():
         first = line.split(None, 1)[0]
         if not first.endswith(b":"):
-            place, rights, *_ = line.split(None, 2)
+            place, rights, _offset, _device, inode, *name = line.split(None, 5)
             start, end = (int(part, 16) for part in place.split(b"-"))
-            usable = (
-                rights[:1] == b"r" and rights[2:4] == b"-p" and not line.rstrip().endswith(b"]")
-            ) or line.endswith(b"[heap]")
-            area = (start, end - start, 1 | (2 if rights[1:2] == b"w" else 0)) if usable else None
-            own = False
-        elif first == b"Anonymous:":
-            own = int(line.split()[1]) > 0
-        elif first == b"VmFlags:" and area is not None and own and not _LEFT_ALONE & set(line.split()[1:]):
+            special = bool(name) and name[0].startswith(b"[") and name[0] != b"[heap]"
+            usable = rights[:1] == b"r" and rights[2:4] == b"-p" and not special
+            protection = 1 | (2 if rights[1:2] == b"w" else 0)
+            area = Area(start, end - start, protection, 0, inode) if usable else None
+        elif area is not None and first == b"Anonymous:":
+            area = area._replace(own=int(line.split()[1]) * 1024)
+        elif area is not None and first == b"VmFlags:" and area.own and not _LEFT_ALONE & set(line.split()[1:]):
             found.append(area)
     return found

@@ -67,7 +67,7 @@ class Tree:
 
     def add(self, guest: Guest, plain: bool) -> Template:
         """Freeze a guest. Raises `Refused`, `NotPlain`, `GuestGone`, `OSError`."""
-        template = guests.freeze(self.home, self.layers, guest, self._next, plain)
+        template = guests.freeze(self.home, self.layers, guest, self._next, plain, self.pids())
         if template.refused:
             self.dying.add(template.pid)
             guests.end_template(self.layers, template, self.pids())

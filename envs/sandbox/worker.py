@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import carry, kernel, renew
+from . import areas, carry, kernel, renew
 from .wire import DONE, FORK, FREEZE, NOT_PLAIN, WireError, receive, send
 
 Fork = Callable[[], int]
@@ -44,6 +44,8 @@ def main(fd: int) -> NoReturn:
     vars(sys)["addaudithook"] = _add_audit_hook(sys.addaudithook)
     gc.collect()
     gc.freeze()
+    areas.join()
+    modules = len(sys.modules)
     usual = _run_by_a_program()
     fork = kernel.sibling_fork()
     waiting: carry.Carried | None = None  # what is to be adopted before anything else is done
@@ -62,6 +64,9 @@ def main(fd: int) -> NoReturn:
                 connection = _freeze(connection, fds[0], fork)
             else:
                 _run(connection, message, fds[0], fresh.__dict__, usual)
+                if len(sys.modules) > modules:  # they may have brought libraries
+                    modules = len(sys.modules)
+                    areas.join()
     except (WireError, OSError, LookupError):
         os._exit(0)
 

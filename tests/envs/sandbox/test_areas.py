@@ -1,0 +1,76 @@
+"""An interpreter's libraries take few areas of memory, its state is what it was, and code stays as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from espalier.envs.sandbox import Box
+
+AREAS = "areas = [line.split(None, 5) for line in open('/proc/self/maps')]; print(len(areas))"
+LOADED = "import ctypes, decimal, json, sqlite3, ssl, unicodedata, zlib, lzma, bz2, hashlib, numpy, numpy.random as r"
+
+
+@pytest.fixture
+def box(boxes_work: None, workspace: Path):
+    with Box(workspace) as made:
+        yield made
+
+
+def libraries(box: Box) -> dict[str, list[str]]:
+    """The rights of each library's areas, in order."""
+    box.python(AREAS)
+    return eval(
+        box.python(
+            "found = {}\nfor area in areas:\n    if '.so' in area[-1]: found.setdefault(area[-1], []).append(area[1])\nfound"
+        ).text
+    )
+
+
+def test_each_library_is_two_areas_and_its_code_cannot_be_written(box: Box) -> None:
+    assert box.python(LOADED).status == 0
+    found = libraries(box)
+    assert len(found) > 30
+    few = [name for name, rights in found.items() if len(rights) <= 2]
+    assert len(few) > 0.9 * len(found), found
+    assert not [name for name, rights in found.items() if "rwxp" in rights]
+
+
+def test_a_library_that_comes_later_is_joined_too(box: Box) -> None:
+    before = int(box.python(AREAS).text)
+    loaded = int(box.python(f"{LOADED}\n{AREAS}").text)
+    after = int(box.python(AREAS).text)
+    assert after - before < 0.5 * (loaded - before), "control: each brings five"
+
+
+def test_what_a_process_holds_stays_what_it_was(box: Box) -> None:
+    """Variables of libraries are copied while the interpreter runs on them, with its heap and pending signals."""
+    assert (
+        box.python("import signal, os; got = []; signal.signal(signal.SIGUSR1, lambda *_: got.append(1))").status == 0
+    )
+    box.python(
+        "import random; random.seed(1); drawn = random.Random(1).getstate(); held = [os.urandom(9) for _ in range(99999)]"
+    )
+    box.python("import hashlib; was = hashlib.sha256(b''.join(held)).digest()")
+    assert box.python(f"{LOADED}\nos.kill(os.getpid(), signal.SIGUSR1)").status == 0
+    assert box.python("random.getstate() == drawn, hashlib.sha256(b''.join(held)).digest() == was, got").text == (
+        "(True, True, [1])\n"
+    )
+    assert box.python("sqlite3.connect(':memory:').execute('select 6 * 7').fetchone()[0]").text == "42\n"
+    assert box.python("decimal.Decimal(2).sqrt(), len(ssl.create_default_context().get_ciphers()) > 3").status == 0
+    assert box.python("(numpy.ones((40, 40)) @ numpy.ones((40, 40))).sum()").text.strip().endswith("64000.0)")
+    here = box.snapshot()
+    box.python("held.clear()")
+    box.rollback(here)
+    assert box.python("len(held), hashlib.sha256(b''.join(held)).digest() == was").text == "(99999, True)\n"
+
+
+def test_a_file_that_is_mapped_as_a_copy_is_left_alone(box: Box) -> None:
+    """Pages of a private mapping that nobody has written follow the file; only libraries are replaced."""
+    box.python("import mmap; open('data', 'wb').write(bytes(8 << 12)); f = open('data', 'r+b')")
+    box.python("copy = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)\nfor page in range(5): copy[page << 12] = 1")
+    assert box.python(LOADED).status == 0
+    box.python("f.seek(7 << 12); f.write(b'z'); f.flush()")
+    assert box.python("copy[0], copy[7 << 12]").text == "(1, 122)\n"
+    box.python(AREAS)
+    assert box.python("[area[1] for area in areas if area[-1].endswith('/data\\n')]").text == "['rw-p']\n"
