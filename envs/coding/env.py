@@ -133,8 +133,8 @@ class CodeSandboxEnv(AgentEnv):
     def step(self, action: Action) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Carry out one turn; a turn without a call, or a submit, ends the episode, and the end is graded.
 
-        At the end `info` says "tests" (passed and all), "soft" (share passed), and "tests_stopped" when they did not
-        end in time.
+        At the end `info` says "tests" (passed and all), "soft" (share passed), and as "tests_stopped" the limit that
+        stopped them, if one did.
         """
         if self._task is None or self._over or self._box is None:
             raise RuntimeError("the episode is over (or was never started): call reset() before step()")
@@ -160,7 +160,7 @@ class CodeSandboxEnv(AgentEnv):
             self._over = True
             reward = self._grade(info)
         if desk.stopped or info.get("tests_stopped"):
-            info["unrepeatable"] = "a limit was met: " + ", ".join(desk.stopped or ["time"])
+            info["unrepeatable"] = "a limit was met: " + ", ".join(desk.stopped or [info["tests_stopped"]])
         elif desk.varying:
             info["unrepeatable"] = "may go otherwise next time: " + ", ".join(desk.varying)
         return Observation(result.messages), reward, terminated, truncated, info
@@ -175,8 +175,8 @@ class CodeSandboxEnv(AgentEnv):
         if task is None or box is None or clean is None:
             raise RuntimeError("nothing to grade")
         found = testing.run_hidden(box, clean, task.tests, self.seconds)
-        if found is None:
-            info.update(tests=(0, 0), soft=0.0, tests_stopped=True)
+        if isinstance(found, str):
+            info.update(tests=(0, 0), soft=0.0, tests_stopped=found)
             return 0.0
         passed = found.passed if found.end is not None else 0  # an end from within says nothing of what came before
         info.update(tests=(passed, found.total), soft=passed / found.total if found.total else 0.0)

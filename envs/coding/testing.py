@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from ..core import EnvFailure
-from ..sandbox import Box, BoxError, BoxSnapshot
+from ..sandbox import Box, BoxError, BoxSnapshot, Stopped
 
 HIDDEN = "/tmp/hidden-tests"
 MOST_MESSAGE = 300
@@ -172,13 +172,15 @@ def preload(box: Box) -> None:
         raise BoxError("no_pytest", f"pytest cannot be loaded in the box, so nothing can be graded: {last}")
 
 
-def run_visible(box: Box, seconds: float) -> TestRun | None:
-    """The tests in the workspace; None when they did not end in time. Raises `ValueError` for an unreadable result."""
+def run_visible(box: Box, seconds: float) -> TestRun | Stopped:
+    """The tests in the workspace, or what stopped them. Raises `ValueError` for an unreadable result."""
     return _run(box, ["/workspace"], "/workspace", seconds, ())
 
 
-def run_hidden(box: Box, clean: BoxSnapshot, tests: Mapping[str, str], seconds: float) -> TestRun | None:
-    """The hidden tests on the workspace as it is; ends everything that runs in the box. Raises `EnvFailure`."""
+def run_hidden(box: Box, clean: BoxSnapshot, tests: Mapping[str, str], seconds: float) -> TestRun | Stopped:
+    """The hidden tests on the workspace as it is, or what stopped them; ends everything that runs in the box. Raises
+    `EnvFailure`.
+    """
     try:
         box.restart(clean)
         box.shell(f"rm -rf {HIDDEN}")
@@ -189,12 +191,12 @@ def run_hidden(box: Box, clean: BoxSnapshot, tests: Mapping[str, str], seconds: 
         raise EnvFailure("grading_failed", str(error)) from error
 
 
-def _run(box: Box, paths: list[str], root: str, seconds: float, named: Sequence[str]) -> TestRun | None:
+def _run(box: Box, paths: list[str], root: str, seconds: float, named: Sequence[str]) -> TestRun | Stopped:
     arguments = f"{paths!r}, {root!r}, {MOST_MESSAGE}, {_NOT_NEEDED!r}, {tuple(named)!r}, {MOST_SHOWN}"
     call = f"{_RUN}\nprint({_MARK!r} + _espalier_tests({arguments}) + {_MARK!r})\n"
     out = box.python(call, seconds=seconds)
     if out.stopped:
-        return None
+        return out.stopped
     try:
         told = json.loads(out.text.split(_MARK)[1])
         shown = tuple(TestResult(str(name), str(outcome), str(message)) for name, outcome, message in told["shown"])

@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 from pydantic import Field
 
 from ..core import ToolError
-from ..sandbox import Box, BoxError, BoxSnapshot, Output
+from ..sandbox import Box, BoxError, BoxSnapshot, Output, Stopped
 from ..tools import ToolMistake, tool
 from . import testing
 
@@ -72,6 +72,12 @@ def _mistake(code: str, message: str, hint: str | None = None, field: str | None
     raise ToolMistake(ToolError(code, message, field=field, hint=hint))
 
 
+def _stopped(by: Stopped, desk: Desk) -> str:
+    desk.stopped.append(by)
+    why = {"time": f"after {desk.seconds:g} s", "cpu": "its processor time was up", "memory": "it used too much memory"}
+    return f"[stopped: {why.get(by, 'it crashed')}]"
+
+
 def _told(out: Output, desk: Desk) -> str:
     text = _TOOK.sub(r"\1 0.00s", out.text)
     text = text if len(text) <= MOST_TEXT else text[:MOST_TEXT] + "\n... (cut)"
@@ -79,13 +85,7 @@ def _told(out: Output, desk: Desk) -> str:
     if out.cut:
         notes.append(f"[{out.cut} more bytes of output were dropped]")
     if out.stopped:
-        desk.stopped.append(out.stopped)
-        why = {
-            "time": f"after {desk.seconds:g} s",
-            "cpu": "its processor time was up",
-            "memory": "it used too much memory",
-        }
-        notes.append(f"[stopped: {why.get(out.stopped, 'it crashed')}]")
+        notes.append(_stopped(out.stopped, desk))
     if out.restarted:
         notes.append("[the interpreter was restarted: its variables are gone, files are kept]")
     elif out.status and not out.stopped:
@@ -193,9 +193,8 @@ def run_tests(desk: Desk) -> str:
         found = testing.run_visible(desk.box, desk.seconds)
     except ValueError as error:
         return f"[{error}]"
-    if found is None:
-        desk.stopped.append("time")
-        return f"[the tests did not end within {desk.seconds:g} s]"
+    if isinstance(found, str):
+        return _stopped(found, desk)
     lines = [f"{r.name}: {r.outcome}" + (f": {r.message}" if r.outcome == "failed" else "") for r in found.shown]
     if found.total > len(lines):
         lines.append(f"... ({found.total - len(lines)} more are not listed)")

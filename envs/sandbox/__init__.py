@@ -5,7 +5,7 @@ from __future__ import annotations
 from .aio import AsyncBox
 from .box import Box, BoxSnapshot
 from .copying import CopyBox, CopySnapshot
-from .terms import BoxError, Limits, Output, SnapshotIncomplete
+from .terms import BoxError, Limits, Output, SnapshotIncomplete, Stopped
 
 __all__ = [
     "AsyncBox",
@@ -17,4 +17,5 @@ __all__ = [
     "Limits",
     "Output",
     "SnapshotIncomplete",
+    "Stopped",
 ]

@@ -35,7 +35,7 @@ class _Mapped(NamedTuple):
 
 def join() -> None:
     """Join the areas of libraries that this process has loaded since. Where that cannot be only speed is lost."""
-    with contextlib.suppress(Exception):  # no descriptor left, no memory, whatever an agent did to what is used here
+    with contextlib.suppress(Exception, KeyboardInterrupt):  # no memory, no descriptor, a call that is to end just now
         _join()
 
 

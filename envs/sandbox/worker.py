@@ -63,10 +63,11 @@ def main(fd: int) -> NoReturn:
             elif message["op"] == "freeze":
                 connection = _freeze(connection, fds[0], fork)
             else:
-                _run(connection, message, fds[0], fresh.__dict__, usual)
+                answer = _run(message, fds[0], fresh.__dict__, usual)
                 if len(sys.modules) > modules:  # they may have brought libraries
                     modules = len(sys.modules)
                     areas.join()
+                send(connection, answer)  # from here on it waits: the supervisor may look at it
     except (WireError, OSError, LookupError):
         os._exit(0)
 
@@ -95,10 +96,8 @@ def _collections() -> int:
     return sum(generation["collections"] for generation in gc.get_stats())
 
 
-def _run(
-    connection: socket.socket, message: dict[str, Any], out: int, space: dict[str, Any], usual: list[object]
-) -> None:
-    """Run what is asked for, and answer; "quiet" when nothing but another program has run: no hook, no handler, no
+def _run(message: dict[str, Any], out: int, space: dict[str, Any], usual: list[object]) -> dict[str, Any]:
+    """Run what is asked for; the answer, "quiet" when nothing but another program has run: no hook, no handler, no
     finalizer of the agent's in this interpreter.
     """
     collected, now = _collections(), _run_by_a_program()
@@ -131,7 +130,7 @@ def _run(
     for stream in (1, 2):
         os.dup2(nothing, stream)
     os.close(nothing)
-    send(connection, {**answer, "quiet": int(quiet and collected == _collections())})
+    return {**answer, "quiet": int(quiet and collected == _collections())}
 
 
 def _python(code: str, space: dict[str, Any], show: bool) -> None:

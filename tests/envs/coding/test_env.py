@@ -458,3 +458,20 @@ def test_how_long_tests_took_is_not_shown(env):
     do(env, "write_file", path="test_slow.py", content="import time\n\n\ndef test_it():\n    time.sleep(0.2)\n")
     answer, *_ = do(env, "shell", command="python3 -m pytest -q test_slow.py")
     assert "1 passed in 0.00s" in answer
+
+
+def test_tests_that_a_limit_stops_say_which(works: None) -> None:
+    hoard = "import time\n\n\ndef test_it():\n    held = [b'x' * (8 << 20) for _ in range(60)]\n    time.sleep(60)\n"
+    env = CodeSandboxEnv([TASK], seconds=30, memory="200M")
+    env.reset(seed=0)
+    do(env, "write_file", path="test_hoard.py", content=hoard)
+    observation, *_, info = env.step(Action("", (ToolCall("run_tests", {}),)))
+    said = observation.messages[0]["content"]
+    by = "memory" if "[stopped: it used too much memory]" in said else "crash"  # as the kernel bounds it, or as we do
+    assert by == "memory" or "[stopped: it crashed]" in said
+    assert info["unrepeatable"] == f"a limit was met: {by}"
+    do(env, "write_file", path="work.py", content=hoard.replace("def test_it():", "if True:"))
+    *_, info = env.step(Action("", (ToolCall("submit", {}),)))
+    assert info["tests_stopped"] in ("memory", "crash")
+    assert info["unrepeatable"] == f"a limit was met: {info['tests_stopped']}"
+    env.close()

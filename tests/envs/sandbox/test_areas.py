@@ -74,3 +74,10 @@ def test_a_file_that_is_mapped_as_a_copy_is_left_alone(box: Box) -> None:
     assert box.python("copy[0], copy[7 << 12]").text == "(1, 122)\n"
     box.python(AREAS)
     assert box.python("[area[1] for area in areas if area[-1].endswith('/data\\n')]").text == "['rw-p']\n"
+
+
+def test_a_snapshot_right_after_an_import_is_as_plain_as_any(box: Box) -> None:
+    """When a call is answered its process only waits: whoever looks at it finds no file, no mapping, no thread."""
+    for name in ("decimal", "sqlite3", "lzma", "ssl", "unicodedata", "numpy", "xml.etree.ElementTree", "curses"):
+        assert box.python(f"import {name}").status == 0
+        box.restart(box.snapshot())
