@@ -33,9 +33,8 @@ import ctypes
 import mmap
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 _X86 = bytes.fromhex(
     "41574989f041564155415455534885f60f8e0f01000048897424f84889fb4531ff41be0b00000041bd00100000e9a0000000660f1f440000"
@@ -52,43 +51,44 @@ _STRIDE = 1 << 20
 """Bytes of an area that are copied or left alone together: a BLAS reserves a gigabyte and uses little of it."""
 
 
-class Area(NamedTuple):
-    """Private memory that can be replaced by a copy of itself. `own`: bytes that no file backs; `inode`: of the file
-    behind the others, "0" for none.
-    """
-
-    start: int
-    size: int
-    protection: int
-    own: int
-    inode: bytes
+Part = tuple[int, int, int]
+"""Start, size and protection."""
 
 
 def refresh() -> int:
     """Replace what is used of this process's private areas by copies; in how many parts. Needs one thread."""
-    areas = private()
+    replace = replacer()
+    if replace is None:
+        return 0
+    text = Path("/proc/self/smaps").read_bytes()
     with Path("/proc/self/pagemap").open("rb", buffering=0) as pages:
-        return replace([part for area in areas for part in _used(pages.fileno(), area)])
+        return replace([part for area in _private(text) for part in _used(pages.fileno(), *area)])
 
 
-def replace(parts: list[tuple[int, int, int]]) -> int:
-    """Put a copy in the place of each part, one area whatever it was before: (start, size, protection). How many were
-    replaced. Needs one thread, and no signal's handler may run meanwhile.
+def replacer() -> Callable[[list[Part]], int] | None:
+    """What puts a copy in the place of each part, one area whatever it was before, and says of how many; None where
+    there is none for this processor. It needs one thread, parts that are there until the end, and no signal's handler
+    meanwhile. It is to be made before parts are listed: it lies in an area of its own.
     """
     code = _CODE.get(os.uname().machine)
     if code is None:
-        return 0
+        return None
     page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
     page.write(code)
     address = ctypes.addressof(ctypes.c_char.from_buffer(page))
     call = ctypes.PYFUNCTYPE(ctypes.c_long, ctypes.c_void_p, ctypes.c_long)(address)
-    listed = ctypes.create_string_buffer(b"".join(struct.pack("QQQ", *part) for part in parts))
-    return int(call(ctypes.addressof(listed), len(parts)))
+
+    def replace(parts: list[Part]) -> int:
+        listed = ctypes.create_string_buffer(b"".join(struct.pack("QQQ", *part) for part in parts))
+        done = int(call(ctypes.addressof(listed), len(parts)))
+        page.flush()  # it is mapped until here
+        return done
+
+    return replace
 
 
-def _used(pages: int, area: Area) -> Iterator[tuple[int, int, int]]:
+def _used(pages: int, start: int, size: int, protection: int) -> Iterator[Part]:
     """The parts of an area that have pages (in memory or swapped out), as the kernel's `pagemap` says."""
-    start, size, protection, *_ = area
     marks = os.pread(pages, size // mmap.PAGESIZE * 8, start // mmap.PAGESIZE * 8)[7::8]  # the top byte of each entry
     at, step = 0, _STRIDE // mmap.PAGESIZE
     while at < len(marks):
@@ -100,21 +100,23 @@ def _used(pages: int, area: Area) -> Iterator[tuple[int, int, int]]:
         at = end + step if end < len(marks) else end
 
 
-def private() -> list[Area]:
-    """This process's areas with pages of their own."""
-    found: list[Area] = []
-    area: Area | None = None
-    for line in Path("/proc/self/smaps").read_bytes().splitlines():
+def _private(smaps: bytes) -> list[Part]:
+    """Areas with pages of their own."""
+    found: list[Part] = []
+    area: Part | None = None
+    own = False
+    for line in smaps.splitlines():
         first = line.split(None, 1)[0]
         if not first.endswith(b":"):
-            place, rights, _offset, _device, inode, *name = line.split(None, 5)
+            place, rights, *_ = line.split(None, 2)
             start, end = (int(part, 16) for part in place.split(b"-"))
-            special = bool(name) and name[0].startswith(b"[") and name[0] != b"[heap]"
-            usable = rights[:1] == b"r" and rights[2:4] == b"-p" and not special
-            protection = 1 | (2 if rights[1:2] == b"w" else 0)
-            area = Area(start, end - start, protection, 0, inode) if usable else None
-        elif area is not None and first == b"Anonymous:":
-            area = area._replace(own=int(line.split()[1]) * 1024)
-        elif area is not None and first == b"VmFlags:" and area.own and not _LEFT_ALONE & set(line.split()[1:]):
+            usable = (
+                rights[:1] == b"r" and rights[2:4] == b"-p" and not line.rstrip().endswith(b"]")
+            ) or line.endswith(b"[heap]")
+            area = (start, end - start, 1 | (2 if rights[1:2] == b"w" else 0)) if usable else None
+            own = False
+        elif first == b"Anonymous:":
+            own = int(line.split()[1]) > 0
+        elif first == b"VmFlags:" and area is not None and own and not _LEFT_ALONE & set(line.split()[1:]):
             found.append(area)
     return found
