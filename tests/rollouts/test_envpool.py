@@ -60,9 +60,9 @@ async def test_a_slow_call_holds_up_nobody_and_threads_are_bounded():
 
 
 async def test_waiting_in_the_queue_does_not_use_up_the_deadline():
-    pool = ThreadEnvPool(adding.Adder, deadline_s=0.5, max_workers=1)
-    calls = [pool.call(lambda: time.sleep(0.1)) for _ in range(8)]  # 0.8 s of work in one thread
-    assert await asyncio.gather(*calls) == [None] * 8
+    pool = ThreadEnvPool(adding.Adder, deadline_s=2.5, max_workers=1)
+    calls = [pool.call(lambda: time.sleep(0.5)) for _ in range(7)]  # 3.5 s of work in one thread
+    assert await asyncio.gather(*calls) == [None] * 7
     await pool.close()
 
 

@@ -163,7 +163,7 @@ async def test_a_failing_start_is_a_typed_failure(plain):
     ],
 )
 async def test_what_breaks_in_the_sampler_is_a_typed_failure(plain, line, kind, retryable):
-    async with Setting(plain, lambda request, turn: line, turn_seconds=1.0 if isinstance(line, Fail) else 0.1) as s:
+    async with Setting(plain, lambda request, turn: line, turn_seconds=10.0 if isinstance(line, Fail) else 0.1) as s:
         (failure,) = (await s.one()).failures
         assert (failure.kind, failure.retryable) == (kind, retryable) and s.sampler.met
 
@@ -201,13 +201,13 @@ async def test_a_version_stays_while_an_episode_holds_it(plain):
 
 async def test_running_out_of_an_episodes_time_is_a_truncation_that_is_graded(plain):
     script = lambda request, turn: say(plain.encode, adding.call("add", n=7)) if turn == 0 else Hang()  # noqa: E731
-    async with Setting(plain, script, max_seconds=0.4, on_overflow="grade") as s:
+    async with Setting(plain, script, max_seconds=2.0, on_overflow="grade") as s:
         (trajectory,) = (await s.one()).trajectories
         assert (trajectory.end, trajectory.reward) == (EndReason.MAX_SECONDS, 1.0) and s.sampler.met
-    async with Setting(plain, script, max_seconds=0.4, on_overflow="drop") as s:
+    async with Setting(plain, script, max_seconds=2.0, on_overflow="drop") as s:
         (failure,) = (await s.one()).failures
         assert failure.kind is FailureKind.OVERFLOW
-    async with Setting(plain, script, max_seconds=0.4, on_overflow="drop") as s:
+    async with Setting(plain, script, max_seconds=2.0, on_overflow="drop") as s:
         assert (await s.one(on_overflow="grade")).rewards == (1.0,)
 
 
@@ -224,7 +224,7 @@ async def test_cancelling_ends_what_runs_and_stores_nothing_unfinished(plain, tm
     async with Setting(plain, script, store=store, concurrency=3) as s:
         specs = [GroupSpec("a", adding.task(7), 1), GroupSpec("b", adding.task(7), 4)]
         running = asyncio.create_task(s.runner.run_groups(specs, T1, 0))
-        while len(s.sampler.met) < 3:
+        while len(s.sampler.met) < 3 or not store.group_ids():
             await asyncio.sleep(0.01)
         running.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -145,7 +145,7 @@ def test_two_processes_cannot_write_one_run(make_run, call, model):
     folder = make_run(name="busy")
     code = (
         "import sys, time; from pathlib import Path; from espalier.trainer.runs import claim\n"
-        f"with claim(Path({str(folder)!r}), resume=True): print('held', flush=True); time.sleep(60)"
+        f"with claim(Path({str(folder)!r}), resume=True): print('held', flush=True); time.sleep(600)"
     )
     holder = subprocess.Popen([sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, text=True)
     try:

@@ -516,7 +516,7 @@ def test_kill_minus_9_anywhere(whole, toy_base, tmp_path, seed):
             assert child.wait(60) == 0
             break
         assert line, "the child died by itself"
-        time.sleep(draw.uniform(0, 0.4))
+        time.sleep(draw.uniform(0, 0.1))
         os.kill(child.pid, signal.SIGKILL)
         child.wait(60)
         kills += 1

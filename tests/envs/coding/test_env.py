@@ -97,7 +97,7 @@ def test_an_episode_that_changes_nothing_scores_nothing(env: CodeSandboxEnv) -> 
     ],
 )
 def test_what_is_not_a_repair_earns_nothing(works: None, attack: str) -> None:
-    env = CodeSandboxEnv([TASK], seconds=4)
+    env = CodeSandboxEnv([TASK], seconds=8)
     try:
         env.reset(seed=0)
         do(env, "python", code=attack)
@@ -339,7 +339,7 @@ def test_folders_of_ones_own(works: None, tmp_path) -> None:
 
 
 def test_what_only_reads_leads_to_the_same_state_and_a_met_limit_is_said():
-    env = CodeSandboxEnv([TASK], seconds=2)
+    env = CodeSandboxEnv([TASK], seconds=5)
     env.reset(seed=0)
     start = env.state_digest()
     for name, arguments in (("read_file", {"path": "work.py"}), ("list_files", {}), ("no_such_tool", {})):

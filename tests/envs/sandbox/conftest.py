@@ -54,7 +54,7 @@ def box(boxes_work: None, workspace: Path) -> Iterator[Box]:
 def no_process_left() -> Iterator[None]:
     """No test leaves a zombie or a child behind; a box that was merely forgotten takes a moment to end."""
     yield
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while (left := _boxes_below()) and time.monotonic() < end:
         time.sleep(0.02)
     assert not left

@@ -81,7 +81,10 @@ def test_a_long_lineage_holds_what_it_uses_of_what_it_reserved(boxes_work: None,
             here = box.snapshot()
             time.sleep(0.05)
         assert box.python("far[0], far[300 << 20], far[-1], far[13 << 22], far[14 << 22]").text == "(2, 2, 3, 1, 0)\n"
-        held = [process.memory_info().rss for process in psutil.Process().children(recursive=True)]
+        held = []
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # a snapshot that nobody has a handle to may just be going
+                held.append(process.memory_info().rss)
     assert max(held) < 256 << 20
 
 
@@ -124,8 +127,10 @@ def test_no_frozen_layer_ever_changes(boxes_work: None, workspace: Path) -> None
             now = _layers(room)
             for name, (when, digest) in hashes.items():
                 if name in now and now[name] != digest:
-                    time.sleep(0.5)  # one that nobody uses any more may just be going
-                    assert name not in _layers(room), (name, when, n)
+                    end = time.monotonic() + 30
+                    while name in _layers(room):  # one that nobody uses any more may just be going
+                        assert time.monotonic() < end, (name, when, n)
+                        time.sleep(0.1)
     assert len(hashes) > 50
     os.close(int(room.name))
 

@@ -549,7 +549,7 @@ profile = next(a for a in sys.argv if a.startswith("-env:UserInstallation=")).sp
 with open(Path(profile) / "used", "a") as log:
     log.write("x")
 if data == b"hang":
-    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", sys.argv[0]])
     time.sleep(600)
 if data == b"die":
     os.kill(os.getpid(), 11)
@@ -593,10 +593,10 @@ def test_pool_kills_a_hang_with_everything_it_started(stand_in):
     with LibreOffice(stand_in, timeout=3) as pool:
         with pytest.raises(EngineError, match="more than 3 s"):
             pool.recalculate(b"hang")
-        left = [p for p in psutil.process_iter(["cmdline"]) if "time.sleep(600)" in str(p.info["cmdline"])]
+        left = [p for p in psutil.process_iter(["cmdline"]) if stand_in in str(p.info["cmdline"])]
         for process in left:
             with suppress(psutil.Error):
-                process.wait(5)
+                process.wait(30)
         assert not [p for p in left if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
         pool.timeout = 60
         assert pool.recalculate(b"a") == b"a 1 True"

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import ClassVar
@@ -202,7 +203,10 @@ class Slow(machine.Machine):
 
 
 async def test_identical_operations_in_flight_run_once():
-    pool = graph_pool(Slow)
+    class Here(Slow):
+        delay = 0.5
+
+    pool = graph_pool(Here)
     await play_all(pool, [[[("move", {"by": 1})]]] * 8)
     assert machine.Machine.done == {"reset": 1, "step": 2} and pool.counts.coalesced == 3 * 7
 
@@ -263,13 +267,13 @@ async def test_a_step_past_its_deadline_is_a_timeout_and_is_not_kept():
         def fault(self, action):
             if self.hangs and action.tool_calls:
                 self.hangs.pop()
-                import time
+                release.wait(60)
 
-                time.sleep(1.0)
-
-    pool = graph_pool(Here, deadline_s=0.2)
+    release = threading.Event()
+    pool = graph_pool(Here, deadline_s=2.0)
     with pytest.raises(TimeoutError):
         await play(pool, [[("move", {"by": 1})]])
+    release.set()
     assert edges(pool) == 1
     assert await play(pool, [[("move", {"by": 1})]])
     await pool.close()
@@ -708,9 +712,9 @@ async def test_a_failing_environment_fails_the_same_episodes_in_the_same_way(pla
         lines = [adding.call("add", n=3), adding.call("add", n=4), "done"]
         return say(plain.encode, lines[turn])
 
-    async def run(fault, graph):
+    async def run(fault, deadline, graph):
         sampler = ScriptedSampler(script, stop=plain.stop_ids[0])
-        pool = ThreadStatePool(lambda: adding.Adder(fault), deadline_s=0.3, max_stuck=40)
+        pool = ThreadStatePool(lambda: adding.Adder(fault), deadline_s=deadline, max_stuck=40)
         if graph:
             pool = GraphPool(pool, OperationGraph(), env_id="toy", identity="x", verify_share=0.0)
         runner = RolloutRunner(
@@ -726,9 +730,10 @@ async def test_a_failing_environment_fails_the_same_episodes_in_the_same_way(pla
         (adding.crash, FailureKind.ENV),
         (adding.bug, FailureKind.ENV),
         (adding.ungraded, FailureKind.UNGRADED),
-        (adding.hang(1.0), FailureKind.ENV_TIMEOUT),
+        (adding.hang(3.0), FailureKind.ENV_TIMEOUT),
         (None, None),
     ):
-        without, with_graph = await run(fault, False), await run(fault, True)
+        deadline = 1.0 if kind is FailureKind.ENV_TIMEOUT else 20.0
+        without, with_graph = await run(fault, deadline, False), await run(fault, deadline, True)
         assert with_graph == without
         assert [found for found, *_ in without[0]] == ([kind] * 3 if kind else [])

@@ -83,8 +83,9 @@ async def test_a_state_is_not_kept_where_its_call_ends_as_it_is_answered(monkeyp
 
 
 async def test_a_state_behind_a_step_past_its_deadline_is_not_kept():
-    async with states("threads", deadline_s=0.1) as pool:
+    async with states("threads") as pool:
         handle, came = await begun(pool, keep=True)
+        pool._deadline = 0.1
         with pytest.raises(TimeoutError):
             await pool.go_on(handle, came.kept, MOVE, True)
         await asyncio.sleep(0.3)  # it has ended since
@@ -98,7 +99,7 @@ async def test_a_branch_that_nobody_waits_for_is_let_go():
         made = await pool.fork(handle, came.kept)
         await pool.go_on(made, None, MOVE, False)
         task = asyncio.create_task(pool.fork(handle, came.kept))
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0)  # it has asked
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         await asyncio.sleep(2 * machine.Sluggish.delay)

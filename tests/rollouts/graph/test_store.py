@@ -353,7 +353,8 @@ async def test_a_worker_that_dies_costs_nobody_what_is_known():
     first = await asyncio.gather(*(episode(plan) for plan in PLANS))
     (pid,) = inner.pids
     os.kill(pid, signal.SIGKILL)
-    await asyncio.sleep(0.2)
+    while inner.pids:
+        await asyncio.sleep(0.01)
     longer = [[*plan, ("move", {"by": 3})] for plan in PLANS]
     found = await asyncio.gather(*(episode(plan) for plan in longer))
     assert [one[:4] for one in found] == [one[:4] for one in first], "known steps need no environment"

@@ -344,11 +344,13 @@ async def test_a_server_that_hangs_is_started_again_and_one_that_is_busy_is_not(
 @pytest.mark.long
 async def test_an_engine_that_keeps_failing_is_given_up_aloud(base, adapters, monkeypatch) -> None:
     monkeypatch.setattr("espalier.rollouts.samplers.vllm.RESTARTS", 0)
-    sampler = VllmSampler(base, slots=4, max_versions=2, max_tokens=200, rank=8)
+    sampler = VllmSampler(base, slots=4, max_versions=2, max_tokens=600, rank=8)
     await sampler.publish(small.version(1, adapters[0], base))
-    asked = asyncio.create_task(sampler.sample(ask(range(1, 9), 1, 190)))
-    await asyncio.sleep(0.05)
-    for process in engine_processes(sampler):
+    processes = engine_processes(sampler)
+    asked = asyncio.create_task(sampler.sample(ask(range(1, 9), 1, 590)))
+    while not sampler._running:
+        await asyncio.sleep(0.001)
+    for process in processes:
         process.kill()
     with pytest.raises(SamplerError):
         await asked
@@ -362,11 +364,12 @@ async def test_an_engine_that_keeps_failing_is_given_up_aloud(base, adapters, mo
 
 
 async def test_closing_answers_what_is_pending(base, adapters) -> None:
-    sampler = VllmSampler(base, slots=4, max_versions=2, max_tokens=400, rank=8)
+    sampler = VllmSampler(base, slots=4, max_versions=2, max_tokens=600, rank=8)
     await sampler.publish(small.version(1, adapters[0], base))
-    asked = [asyncio.create_task(sampler.sample(ask(range(1, 9), 1, 390))) for _ in range(8)]
-    await asyncio.sleep(0.05)
     children = engine_processes(sampler)
+    asked = [asyncio.create_task(sampler.sample(ask(range(1, 9), 1, 590))) for _ in range(8)]
+    while len(sampler._running) < 8:
+        await asyncio.sleep(0.001)
     await sampler.close()
     ends = await asyncio.gather(*asked, return_exceptions=True)
     assert all(isinstance(end, SamplerError) and not end.retryable for end in ends)
@@ -399,7 +402,8 @@ async def test_a_servers_engine_that_dies_alone_is_started_again_too(served) -> 
     for process in engines:
         process.kill()
     assert [len(sample.tokens) for sample in await asyncio.gather(*patient)] == [500] * 4
-    assert served.stats()["restarts"] == restarts + 1, "the fault was met"
+    while served.stats()["restarts"] == restarts:
+        await asyncio.sleep(0.1)  # whether the fault was met
 
 
 async def test_a_server_of_ones_own_that_serves_another_model_or_too_few_adapters_is_refused(
