@@ -9,6 +9,7 @@ written.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -32,6 +33,8 @@ _ACCESS = os.O_RDONLY | os.O_WRONLY | os.O_RDWR
 _KEPT_FLAGS = _ACCESS | os.O_APPEND | os.O_NONBLOCK | os.O_DIRECTORY
 MOST_UNLINKED = 64 << 20
 """Bytes of the largest unlinked file that a snapshot takes along in memory."""
+MOST_NAMES = 100_000
+"""Files among which another name of one is looked for."""
 
 _libc = ctypes.PyDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -210,7 +213,7 @@ def _file(fd: int, found: os.stat_result, flags: int, path: str, inheritable: bo
         return f"the listing of the folder {path}, which has begun"
     contents = None
     if found.st_nlink == 0 or path.endswith(" (deleted)"):
-        if found.st_nlink and plain_file:
+        if found.st_nlink and plain_file and _named(path, found):
             return f"the file {path}, which has other names"
         if not plain_file or found.st_size > MOST_UNLINKED:
             return f"the deleted {'large file' if plain_file else 'folder'} {path}"
@@ -222,6 +225,23 @@ def _file(fd: int, found: os.stat_result, flags: int, path: str, inheritable: bo
     twin = next((other for other in alike if plain_file and _one_opening(other, fd, offset)), None)
     carried.files.append(OpenFile(fd, path, kept, offset, inheritable, contents, file, twin))
     return ""
+
+
+def _named(path: str, found: os.stat_result) -> bool:
+    """Whether an open file whose name `path` is gone has another where that was, or there is too much to look through.
+    The count of its names does not tell (layers that are merged share their files), nor does its number alone (which a
+    copy-up changes for one name and not for the other), but both have the times of one file.
+    """
+    left, times = MOST_NAMES, (found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    for folder, _, names in os.walk(f"/{path.split('/')[1]}"):
+        for name in names:
+            left -= 1
+            with contextlib.suppress(OSError):
+                there = os.lstat(f"{folder}/{name}")
+                same = (there.st_dev, there.st_ino) == (found.st_dev, found.st_ino)
+                if left < 0 or same or (there.st_size, there.st_mtime_ns, there.st_ctime_ns) == times:
+                    return True
+    return False
 
 
 def _lost(path: str, found: os.stat_result, flags: int) -> str:

@@ -189,6 +189,7 @@ def _freeze_plain(connection: socket.socket, other: int, fork: Fork) -> tuple[so
     if child == 0:
         connection.close()
         os.setsid()
+        os.chdir("/")  # whoever goes on may remove the folder: one that is still used keeps its layer from being frozen
         kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
         connection = _template(_socket(other), fork)
         return connection, carry.again(carried)
@@ -223,6 +224,7 @@ def _freeze(connection: socket.socket, other: int, fork: Fork) -> socket.socket:
         except OSError as error:
             send(connection, {"refused": [str(error)]})
             os._exit(0)
+        os.chdir("/")
         kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
         send(connection, {"op": "frozen"})
         connection = _template(connection, fork)

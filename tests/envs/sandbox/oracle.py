@@ -143,6 +143,10 @@ class Oracle:
         finally:
             os.chdir(outside)
 
+    def renamed_unseen(self) -> bool:
+        """Whether a file is open under a name that is gone, and has another."""
+        return any(_path_of(f) is None and os.fstat(f.fileno()).st_nlink for f, _ in self.world.files.values())
+
     def snapshot(self, number: int) -> None:
         """Keep a full copy as `number`."""
         copy = self.kept / str(number)

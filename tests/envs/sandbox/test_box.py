@@ -375,6 +375,33 @@ def test_memory_of_a_deleted_file_is_kept_where_it_is_a_semaphore_s_alone(
     assert box.python("c.string_at(m, 1)").text == "b'a'\n"
 
 
+def test_a_folder_that_a_snapshot_stands_in_can_be_removed(box: Box) -> None:
+    box.python("import os; os.mkdir('d')")
+    box.snapshot()
+    box.python("os.chdir('d'); f = open('/workspace/a.txt')")
+    box.python("f.close()")
+    here = box.snapshot()  # nothing has been written since the other: both stand in one layer
+    box.python("os.chdir('..'); os.rmdir('d')")
+    gone = box.snapshot()
+    box.rollback(here)
+    assert box.python("os.getcwd(), os.listdir('/workspace').count('d')").text == "('/workspace/d', 1)\n"
+    box.rollback(gone)
+    assert box.python("os.getcwd(), os.listdir('/workspace').count('d')").text == "('/workspace', 0)\n"
+
+
+def test_a_file_of_a_merged_layer_has_no_other_name_for_it(box: Box) -> None:
+    box.python("import time; open('old', 'w').write('what it said')")
+    for n in range(45):  # more layers than a stack may have
+        box.python(f"open('step', 'w').write('{n}')")
+        box.snapshot()
+    assert box.python("import os; f = open('old'); os.stat('old').st_nlink > 1").text == "True\n", "control: merged"
+    box.python("_ = f.read(5); os.remove('old')")
+    here = box.snapshot()
+    box.python("_ = f.read()")
+    box.rollback(here)
+    assert box.python("f.read(), os.path.exists('old')").text == "('it said', False)\n"
+
+
 def test_a_finished_child_keeps_its_status(box: Box) -> None:
     box.python("import os, subprocess; p = subprocess.Popen(['sh', '-c', 'exit 7'])")
     box.python("_ = os.waitid(os.P_PID, p.pid, os.WEXITED | os.WNOWAIT)")

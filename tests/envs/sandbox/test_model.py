@@ -2,7 +2,7 @@
 
 Differences that are by design, and no others: an unprivileged rename of a folder that lies in a lower layer fails with
 EXDEV (the operation copies then, as mv does), and hard links part when one of them is written to (so an operation
-leaves only one name).
+leaves only one name). A file that is open under a removed name and has another is refused, always and nothing else.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from espalier.envs.sandbox import Box, Limits
+from espalier.envs.sandbox import Box, Limits, SnapshotIncomplete
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -79,6 +79,12 @@ def run(seed: int, count: int, folder: Path, python: str | None = None) -> int:
             choice = rng.random()
             if choice < 0.45:
                 number = len(handles)
+                if oracle.renamed_unseen():
+                    with pytest.raises(SnapshotIncomplete, match="which has other names"):
+                        box.snapshot()
+                    closing = [["close", key] for key in KEYS]
+                    box.python(f"for operation in {closing}: perform(world, *operation)")
+                    assert [oracle.perform(operation) for operation in closing] == ["ok", "ok"]
                 handles[number] = box.snapshot()
                 oracle.snapshot(number)
                 exact[number] = _look(box, True)
