@@ -5,7 +5,7 @@ each deeper than the last, one takes ten times longer. Replacing every private a
 Python cannot do that to the heap it runs on, so a few machine instructions do it that touch neither heap nor stack
 between copying an area and putting the copy in its place. Where they are not known nothing is done: only speed is lost.
 
-The instructions are gcc -O2 -fPIC -fomit-frame-pointer -fcf-protection=none of
+The instructions are gcc -O2 -fPIC -fomit-frame-pointer -fcf-protection=none -fno-stack-protector of
 
     struct range { unsigned long start, size, protection; };
     long replace(struct range *r, long n) {

@@ -264,7 +264,7 @@ def test_workers_end_when_their_parent_is_killed():
 async def test_a_cancelled_call_leaves_the_worker_as_it_is():
     async with workers() as pool:
         handle, _ = await started(pool)
-        waiting = step(pool, handle, "sleep 30")
+        waiting = step(pool, handle, "sleep 1")
         await asyncio.sleep(0.05)
         waiting.cancel()
         pool.drop(handle)

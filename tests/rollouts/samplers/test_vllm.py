@@ -176,24 +176,28 @@ async def test_running_requests_keep_their_version_while_others_come_and_go(base
     alone = await sampler.sample(request)
     swapped = asyncio.Event()
 
-    async def keep_asking() -> list[Sample]:
-        """Answers one after another: however long a swap takes, it finds a request running all the while."""
+    async def keep_asking() -> list[tuple[float, Sample, float]]:
+        """Answers one after another, with their times: however long a swap takes, it finds a request running."""
         answers = []
         while not swapped.is_set():
-            answers.append(await sampler.sample(request))
+            answers.append((time.monotonic(), await sampler.sample(request), time.monotonic()))
         return answers
 
     with sampler.lease(1):
         running = [asyncio.create_task(keep_asking()) for _ in range(2)]
         await asyncio.sleep(0.05)
+        swaps = []
         for number in (4, 5, 6):
             await sampler.publish(small.version(number, adapters[number - 1], base))
             await sampler.retire(number - 1 if number > 4 else 0)
+            swaps.append(time.monotonic())
         assert (await sampler.sample(request)).tokens == alone.tokens
         swapped.set()
         await sampler.retire(1)
         for answers in await asyncio.gather(*running):
-            assert answers and all(answer.tokens == alone.tokens for answer in answers)
+            assert all(answer.tokens == alone.tokens for _, answer, _ in answers)
+            for swap in swaps:
+                assert any(began < swap < ended for began, _, ended in answers), "in the middle of a request"
         with pytest.raises(SamplerError, match="not resident"), sampler.lease(1):
             pass
     assert sampler.versions == (6,) and sampler.latest == 6
@@ -403,7 +407,8 @@ async def test_a_servers_engine_that_dies_alone_is_started_again_too(served) -> 
         process.kill()
     assert [len(sample.tokens) for sample in await asyncio.gather(*patient)] == [500] * 4
     while served.stats()["restarts"] == restarts:
-        await asyncio.sleep(0.1)  # whether the fault was met
+        await asyncio.sleep(0.1)
+    assert served.stats()["restarts"] == restarts + 1, "the fault was met"
 
 
 async def test_a_server_of_ones_own_that_serves_another_model_or_too_few_adapters_is_refused(
